@@ -1,0 +1,96 @@
+"""Labelled images in memory, split into training, validation and test.
+
+``digits`` comes with scikit-learn; every other name is a tensorflow-datasets one.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Images(NamedTuple):
+    """One split."""
+
+    images: np.ndarray  # shape=[n, height, width, channels], dtype=float32, normalized
+    labels: np.ndarray  # shape=[n], dtype=int32
+
+
+class Splits(NamedTuple):
+    """Training and validation come from the training set; the test set is for one last look."""
+
+    train: Images
+    validation: Images
+    test: Images
+    classes: int
+
+
+def load(name: str, data_dir: str | Path | None = None, validation: int | None = None) -> Splits:
+    """Loads a data set; the split is a fixed shuffle, the same for every seed of training.
+
+    Args:
+      name: ``"digits"``, or a tensorflow-datasets name with ``image`` and ``label``.
+      data_dir: where tensorflow-datasets keeps its data; None for its own default.
+      validation: images of the training set held out; by default 5,000, of the digits 300.
+
+    Returns:
+      The splits, normalized by mean and deviation of the training images.
+
+    Raises:
+      ImportError: the data set is not prepared, or not as ArrayRecord, and TensorFlow is missing.
+      ValueError: ``validation`` leaves no training images.
+    """
+    if name == "digits":
+        images, labels, test_images, test_labels = _digits()
+        validation = 300 if validation is None else validation
+    else:
+        images, labels = _tfds(name, "train", data_dir)
+        test_images, test_labels = _tfds(name, "test", data_dir)
+        validation = 5000 if validation is None else validation
+    if not 0 < validation < len(images):
+        raise ValueError(f"validation={validation} is not between 1 and {len(images) - 1}.")
+    order = np.random.default_rng(0).permutation(len(images))
+    kept_back, rest = order[:validation], order[validation:]
+    mean, deviation = images[rest].mean(), images[rest].std()
+
+    def split(images, labels):
+        normalized = ((images - mean) / deviation).astype(np.float32)
+        return Images(normalized, labels.astype(np.int32))
+
+    return Splits(
+        train=split(images[rest], labels[rest]),
+        validation=split(images[kept_back], labels[kept_back]),
+        test=split(test_images, test_labels),
+        classes=int(labels.max()) + 1,
+    )
+
+
+def _digits() -> tuple[np.ndarray, ...]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = digits.images[..., None].astype(np.float32)
+    test = np.arange(len(images)) % 6 == 5
+    return images[~test], digits.target[~test], images[test], digits.target[test]
+
+
+def _tfds(name: str, split: str, data_dir: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=data_dir)
+    try:
+        if not builder.is_prepared():
+            builder.download_and_prepare(file_format="array_record")
+        if builder.info.file_format.value == "array_record":
+            source = builder.as_data_source(split=split)
+            rows = source.__getitems__(range(len(source)))
+        else:
+            rows = list(tfds.as_numpy(builder.as_dataset(split=split)))
+    except ImportError as error:
+        raise ImportError(
+            f"{name!r} in {builder.data_dir} is not prepared as ArrayRecord; preparing or reading it"
+            " needs TensorFlow once: pip install tensorflow-cpu. A prepared copy is given with"
+            " --data-dir."
+        ) from error
+    images = np.stack([row["image"] for row in rows]).astype(np.float32)
+    return images, np.array([row["label"] for row in rows])

@@ -1,0 +1,227 @@
+"""Pruned entries, and the optimizer's memory of them, stay at exactly zero.
+
+Both ends of the optimizer have to be held. Masking its gradients alone lets momentum move a pruned
+weight; masking its updates alone lets the pruned weight's gradient refill the moments. So the
+wrapper here stands around the whole optimizer.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .pruning import apply_mask, check_pruning_mask, full_mask
+from .selection import is_float, leaf_path
+from .shrinkage import restart_if_any
+
+PyTree = Any
+
+
+class HoldZerosState(NamedTuple):
+    """State of :func:`hold_zeros`."""
+
+    pruning_mask: PyTree  # the params' structure and shapes, dtype=bool, True = keep
+    inner_state: optax.OptState
+
+
+def hold_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    r"""Wraps an optimizer so that pruned entries get no gradient and stay exactly 0.
+
+    .. math::
+      g_i \leftarrow m_i \, g_i, \qquad
+      u_i \leftarrow \begin{cases} \mathrm{inner}(g)_i & m_i = 1 \\ -w_i & m_i = 0 \end{cases}
+
+    with the pruning mask :math:`m` kept in the state (all ones at ``init``); :func:`prune` sets it.
+    Both choices are made by ``jnp.where``, so a NaN in a pruned entry's gradient does no harm.
+
+    Place it around the whole chain, learning rate, shrinkage, clipping and all:
+    ``hold_zeros(optax.chain(...))``. It may itself stand inside ``optax.MultiSteps``,
+    ``optax.apply_if_finite``, ``flax.training.train_state.TrainState`` or ``nnx.Optimizer``. What
+    changes weights behind it (an average of the weights, a lookahead) is not held.
+
+    Entry-wise moments of a pruned entry are zeroed by :func:`prune` and stay 0, those with a leading
+    memory axis (``optax.lbfgs``) included. Of optax's own optimizers these keep other state, in
+    which a pruned entry cannot be told apart or does not rest at 0; its weight is held all the same:
+
+    =================  ==========================================================================
+    adafactor          second moments of large matrices are sums over rows and columns
+    sm3                second moments are maxima over rows and columns (of matrices)
+    rprop              step sizes are clipped from below, at ``min_step_size``
+    adadelta           of squares, decays from what they were: zeroed, then 0
+    noisy_sgd          noise is added inside; only what comes out of it is held
+    =================  ==========================================================================
+
+    Args:
+      inner: any optimizer or chain that returns finished updates.
+
+    Returns:
+      A transformation with state :class:`HoldZerosState`; extra arguments go to ``inner``.
+
+    Raises:
+      ValueError: in ``update``, ``params`` is None.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = hold_zeros(optax.adam(0.1))
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> params, state = prune(tx, params, tx.init(params), {"w": jnp.array([False, True])})
+      >>> updates, state = tx.update({"w": jnp.array([5.0, 5.0])}, state, params)
+      >>> print(optax.apply_updates(params, updates)["w"])
+      [0.  1.9]
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        return HoldZerosState(full_mask(params), inner.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError("hold_zeros: a pruned weight is held by the update -w; call"
+                             " `update(gradients, state, params)`.")
+        gradients = _where(state.pruning_mask, updates, jnp.zeros_like)
+        updates, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
+        updates = jax.tree.map(
+            lambda update, keep, weight: update if update is None or not is_float(weight)
+            else jnp.where(keep, update, -weight.astype(update.dtype)),
+            updates, state.pruning_mask, params, is_leaf=lambda leaf: leaf is None,
+        )
+        return updates, HoldZerosState(state.pruning_mask, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def prune(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    opt_state: optax.OptState,
+    pruning_mask: PyTree,
+) -> tuple[PyTree, optax.OptState]:
+    """Prunes: weights and moments outside the mask to zero, the mask held, the shrinkage restarted.
+
+    All that belongs to one pruning, in one pure, jit-able call (``tx`` is static):
+
+    1. the weights outside ``pruning_mask`` become exactly 0;
+    2. every :func:`hold_zeros` state in ``opt_state`` gets the mask;
+    3. the entry-wise moments of pruned entries become 0; all else in the state, step counts
+       included, goes on;
+    4. the shrinkage schedules restart (:func:`sparsereg_jax.restart_shrinkage`), if there are any.
+
+    Args:
+      tx: the optimizer that ``opt_state`` belongs to, holding zeros somewhere.
+      params: the parameters, any tree.
+      opt_state: the optimizer's state; also the ``opt_state`` of an ``nnx.Optimizer``, then with
+        ``params = nnx.state(model, nnx.Param)``.
+      pruning_mask: bool arrays, True = keep, with the structure and shapes of ``params``.
+
+    Returns:
+      The params and the optimizer state, structures, shapes and dtypes kept.
+
+    Raises:
+      ValueError: ``opt_state`` holds no mask, or ``pruning_mask`` or ``opt_state`` does not fit
+        ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = hold_zeros(optax.sgd(0.1, momentum=0.9))
+      >>> w = jnp.array([0.01, -2.0])
+      >>> w, state = prune(tx, w, tx.init(w), jnp.abs(w) > 0.1)
+      >>> print(w, state.pruning_mask)
+      [ 0. -2.] [False  True]
+    """
+    check_pruning_mask(params, pruning_mask)
+    if not _holders(opt_state):
+        raise ValueError(
+            "prune: the optimizer state holds no pruning mask, so the next update would bring pruned"
+            " weights back. Wrap the optimizer before `init`: tx = hold_zeros(tx)."
+        )
+    # nnx.Optimizer boxes the leaves of its state; unboxed it has the structure that `init` gives.
+    leaves, boxed = jax.tree.flatten(opt_state)
+    plain = jax.tree.structure(jax.eval_shape(tx.init, params))
+    if plain.num_leaves != len(leaves):
+        raise ValueError(
+            f"prune: opt_state has {len(leaves)} leaves where tx.init(params) gives"
+            f" {plain.num_leaves}. Pass the transformation and the params that it was made with."
+        )
+    state = jax.tree.unflatten(plain, leaves)
+    state = optax.tree.map_params(tx, _forget, state, pruning_mask, is_leaf=_is_hole)
+    state = restart_if_any(_set_masks(state, pruning_mask))
+    return apply_mask(params, pruning_mask), jax.tree.unflatten(boxed, jax.tree.leaves(state))
+
+
+def held_mask(params: PyTree, opt_state: optax.OptState) -> PyTree:
+    """Reads the pruning mask that an optimizer state holds.
+
+    Args:
+      params: the parameters; they give the structure.
+      opt_state: an optimizer state that contains :class:`HoldZerosState`, at any depth; under
+        ``optax.masked`` or ``optax.partition`` each holds a part of the leaves.
+
+    Returns:
+      A pruning mask for ``params``: bool arrays, all True where no state holds a leaf.
+
+    Raises:
+      ValueError: ``opt_state`` holds no mask.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"w": jnp.ones(2)}
+      >>> print(held_mask(params, hold_zeros(optax.sgd(0.1)).init(params))["w"])
+      [ True  True]
+    """
+    holders = _holders(opt_state)
+    if not holders:
+        raise ValueError(
+            "held_mask: the optimizer state holds no pruning mask. Wrap the optimizer before `init`:"
+            " tx = hold_zeros(tx)."
+        )
+    held = {}
+    for holder in holders:
+        held.update(_by_path(holder.pruning_mask))
+    return jax.tree_util.tree_map_with_path(
+        lambda kp, keep: held.get(leaf_path(kp), keep), full_mask(params))
+
+
+def _where(pruning_mask: PyTree, tree: PyTree, other: Any) -> PyTree:
+    return jax.tree.map(
+        lambda leaf, keep: leaf if leaf is None or not is_float(leaf)
+        else jnp.where(keep, leaf, other(leaf)),
+        tree, pruning_mask, is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def _is_holder(node: Any) -> bool:
+    return isinstance(node, HoldZerosState)
+
+
+def _is_hole(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _holders(opt_state: PyTree) -> list[HoldZerosState]:
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_holder) if _is_holder(node)]
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    return {leaf_path(kp): leaf for kp, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _set_masks(opt_state: PyTree, pruning_mask: PyTree) -> PyTree:
+    new = _by_path(pruning_mask)
+
+    def set_mask(node):
+        if not _is_holder(node):
+            return node
+        mask = jax.tree_util.tree_map_with_path(lambda kp, _: new[leaf_path(kp)], node.pruning_mask)
+        return node._replace(pruning_mask=mask)
+
+    return jax.tree.map(set_mask, opt_state, is_leaf=_is_holder)
+
+
+def _forget(moment: Any, keep: jax.Array) -> Any:
+    """Zeroes a moment where its entry is pruned, also behind leading (memory) axes."""
+    if _is_hole(moment) or not keep.ndim or moment.shape[-keep.ndim:] != keep.shape:
+        entrywise_scalar = not _is_hole(moment) and not keep.ndim and not moment.ndim
+        if not entrywise_scalar:
+            return moment
+    return jnp.where(keep, moment, jnp.zeros_like(moment))

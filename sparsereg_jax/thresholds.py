@@ -1,0 +1,507 @@
+"""Exact order statistics of |w| without sorting: a radix search that only counts.
+
+The bits of a float with the sign cleared, read as an unsigned integer, order the magnitudes: -0
+equals +0, subnormals differ from zero even where the hardware flushes them, Inf lies above every
+finite value and NaN above Inf. The threshold is found three bits a pass, from the highest: seven
+pivots are compared with every key, the seven counts added up over the tensors, and the counts say
+which of the eight intervals to enter. A pass reads the weights once and writes nothing, tensors
+are never joined, and devices exchange seven counts.
+
+Counts are pairs of 32-bit limbs, exact beyond 2**32 entries without 64-bit mode.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Array = jax.Array
+_DIGIT = 3  # bits a pass; 2**3 - 1 pivots still cost little more than the reading of the weights
+
+
+class Count(NamedTuple):
+    """A non-negative integer ``high * 2**32 + low``, or an array of them."""
+
+    high: Array  # uint32
+    low: Array  # uint32
+
+
+def count_of(number: int | Array) -> Count:
+    """Makes a count of a Python int below ``2**64`` or of a non-negative integer array.
+
+    Args:
+      number: the integer, or an array of any integer dtype.
+
+    Returns:
+      The count, of the shape of ``number``.
+
+    Example:
+      >>> [int(limb) for limb in count_of(5 * 2**32 + 7)]
+      [5, 7]
+    """
+    if isinstance(number, int | np.integer):
+        number = int(number)
+        return Count(jnp.uint32(number >> 32), jnp.uint32(number & 0xFFFFFFFF))
+    high = number >> 32 if number.dtype.itemsize == 8 else jnp.zeros_like(number)
+    return Count(high.astype(jnp.uint32), number.astype(jnp.uint32))
+
+
+def to_int(count: Count) -> int:
+    """Reads a concrete scalar count on the host.
+
+    Args:
+      count: a scalar count.
+
+    Returns:
+      Its value.
+
+    Example:
+      >>> to_int(count_of(2**40 + 1)) - 2**40
+      1
+    """
+    return (int(count.high) << 32) + int(count.low)
+
+
+def to_float(count: Count) -> Array:
+    """Rounds a count to float32.
+
+    Args:
+      count: a count.
+
+    Returns:
+      A float32 array of its shape.
+    """
+    high, low = (jnp.asarray(limb).astype(jnp.float32) for limb in count)
+    return high * jnp.float32(2.0**32) + low
+
+
+def add(a: Count, b: Count) -> Count:
+    """Adds two counts, modulo ``2**64``.
+
+    Args:
+      a: a count.
+      b: a count of the same shape.
+
+    Returns:
+      ``a + b``.
+    """
+    low = a.low + b.low
+    return Count(a.high + b.high + (low < a.low).astype(jnp.uint32), low)
+
+
+def subtract(a: Count, b: Count) -> Count:
+    """Subtracts two counts, stopping at zero.
+
+    Args:
+      a: a count.
+      b: a count of the same shape.
+
+    Returns:
+      ``max(a - b, 0)``.
+    """
+    b = minimum(a, b)
+    return Count(a.high - b.high - (a.low < b.low).astype(jnp.uint32), a.low - b.low)
+
+
+def less(a: Count, b: Count) -> Array:
+    """Compares two counts.
+
+    Args:
+      a: a count.
+      b: a count of the same shape, or a scalar one.
+
+    Returns:
+      ``a < b``, boolean.
+    """
+    return (a.high < b.high) | ((a.high == b.high) & (a.low < b.low))
+
+
+def equal(a: Count, b: Count) -> Array:
+    """Compares two counts.
+
+    Args:
+      a: a count.
+      b: a count of the same shape, or a scalar one.
+
+    Returns:
+      ``a == b``, boolean.
+    """
+    return (a.high == b.high) & (a.low == b.low)
+
+
+def minimum(a: Count, b: Count) -> Count:
+    """Takes the smaller of two counts.
+
+    Args:
+      a: a count.
+      b: a count of the same shape, or a scalar one.
+
+    Returns:
+      ``min(a, b)``.
+    """
+    smaller = less(a, b)
+    return Count(jnp.where(smaller, a.high, b.high), jnp.where(smaller, a.low, b.low))
+
+
+def fixed_point(share: float | Array) -> Count:
+    """Writes a share of [0, 1] as the integer ``share * 2**63``, rounded down.
+
+    Args:
+      share: a Python number, or a float array (clipped to [0, 1]; NaN reads as 0).
+
+    Returns:
+      The scaled share. Nothing of a float32, and nothing of a Python float above ``2**-10``, is
+      lost that could change the rounding of a count below ``2**39``.
+    """
+    if isinstance(share, int | float):
+        return count_of(int(Fraction(share) * 2**63))
+    share = share.astype(jnp.promote_types(share.dtype, jnp.float32))
+    scaled = jnp.where(share > 0, jnp.minimum(share, jnp.ones_like(share)), 0) * 2.0**31
+    whole = jnp.floor(scaled)
+    return Count(whole.astype(jnp.uint32), ((scaled - whole) * 2.0**32).astype(jnp.uint32))
+
+
+@jax.jit
+def share_of(share: float | Array | Count, count: Count) -> Count:
+    """Takes ``round(share * count)`` in integers, half to even.
+
+    Args:
+      share: the share, as an array or already in fixed point.
+      count: a count below ``2**63``.
+
+    Returns:
+      The rounded product; no float32 product is exact above ``2**24``.
+
+    Example:
+      >>> to_int(share_of(fixed_point(0.75), count_of(2**33 + 2))) - 6 * 2**30
+      2
+    """
+    factor = share if isinstance(share, Count) else fixed_point(share)
+    columns = [jnp.uint32(0)] * 9  # the product's 16-bit digits, lowest first
+    for i, a in enumerate(_halves(factor)):
+        for j, b in enumerate(_halves(count)):
+            product = a * b
+            columns[i + j] += product & jnp.uint32(0xFFFF)
+            columns[i + j + 1] += product >> jnp.uint32(16)
+    for i in range(8):
+        columns[i + 1] += columns[i] >> jnp.uint32(16)
+        columns[i] &= jnp.uint32(0xFFFF)
+    limbs = [columns[i] | (columns[i + 1] << jnp.uint32(16)) for i in (0, 2, 4, 6)]
+    one, top = jnp.uint32(1), jnp.uint32(31)
+    whole = Count((limbs[3] << one) | (limbs[2] >> top), (limbs[2] << one) | (limbs[1] >> top))
+    rest = Count(limbs[1] & jnp.uint32(2**31 - 1), limbs[0])
+    half = count_of(2**62)
+    up = less(half, rest) | (equal(half, rest) & ((whole.low & one) == one))
+    return add(whole, Count(jnp.zeros_like(whole.high), up.astype(jnp.uint32)))
+
+
+def _halves(count: Count) -> list[Array]:
+    """Splits a count into four 16-bit digits, lowest first."""
+    low, high = jnp.uint32(0xFFFF), jnp.uint32(16)
+    return [count.low & low, count.low >> high, count.high & low, count.high >> high]
+
+
+def count_true(flags: Sequence[Array]) -> Count:
+    """Counts the true entries of several boolean arrays of one shape, together in one pass.
+
+    Args:
+      flags: boolean arrays, equal in shape. Their computation fuses into the pass.
+
+    Returns:
+      A count of shape ``[len(flags)]``, exact at any size.
+
+    Raises:
+      ValueError: the arrays have ``2**32`` entries or more and no axis to split them by.
+    """
+    shape = flags[0].shape
+    # One axis is kept in a first sum, for threads to share and for sums that fit 32 bits. It is
+    # short enough for 16-bit halves of those sums to be added, and leaves 64 entries to each.
+    size = math.prod(shape)
+    kept = next((axis for axis, length in enumerate(shape)
+                 if length <= 2**16 and 64 * length <= size < 2**32 * length), None)
+    if kept is None and size >= 2**32:
+        raise ValueError(
+            f"a leaf of shape {shape} is too large to be counted: at 2**32 entries or more, one of"
+            " its axes must be between size / 2**32 and 2**16 long. Reshape or split it."
+        )
+    axes = tuple(axis for axis in range(len(shape)) if axis != kept)
+    # XLA's CPU backend writes out the operand of a plain sum but fuses that of a sum of several
+    # arrays; elsewhere plain sums fuse, and are one all-reduce when the arrays are sharded.
+    sums = lax.platform_dependent(
+        *flags, cpu=lambda *f: _joint_sums(f, axes), default=lambda *f: _plain_sums(f, axes)
+    )
+    rows = sums.reshape(len(flags), -1)
+    low = jnp.sum(rows & jnp.uint32(0xFFFF), axis=1, dtype=jnp.uint32)
+    middle = jnp.sum(rows >> jnp.uint32(16), axis=1, dtype=jnp.uint32)
+    return add(Count(jnp.zeros_like(low), low),
+               Count(middle >> jnp.uint32(16), middle << jnp.uint32(16)))
+
+
+def _joint_sums(flags: Sequence[Array], axes: tuple[int, ...]) -> Array:
+    """Sums each array over ``axes`` by one reduction of all."""
+    return jnp.stack(lax.reduce(
+        tuple(flag.astype(jnp.uint32) for flag in flags), (jnp.uint32(0),) * len(flags),
+        lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)), axes,
+    ))
+
+
+def _plain_sums(flags: Sequence[Array], axes: tuple[int, ...]) -> Array:
+    """Sums each array over ``axes`` by a reduction of its own."""
+    return jnp.stack([jnp.sum(flag, axis=axes, dtype=jnp.uint32) for flag in flags])
+
+
+def common_dtype(leaves: Sequence[Array]) -> np.dtype:
+    """Chooses the float dtype in which all the leaves' magnitudes can be compared exactly.
+
+    Args:
+      leaves: float arrays.
+
+    Returns:
+      Their dtype if it is one, else float64 or float32.
+    """
+    dtypes = {np.dtype(leaf.dtype) for leaf in leaves}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return np.dtype(jnp.float64 if np.dtype(jnp.float64) in dtypes else jnp.float32)
+
+
+def magnitude(leaf: Array, dtype: Any = None) -> Array:
+    """Maps each entry to an unsigned integer that orders like its magnitude, NaN above Inf.
+
+    Args:
+      leaf: a float array.
+      dtype: a float dtype that holds all values of the leaf's; its own by default.
+
+    Returns:
+      The bits of ``abs(leaf)`` in ``dtype``: an unsigned integer array of the leaf's shape, below
+      the highest bit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> bool(magnitude(jnp.float32(-1e-45)) > magnitude(jnp.float32(-0.0)))
+      True
+    """
+    own, wide = jnp.finfo(leaf.dtype), jnp.finfo(leaf.dtype if dtype is None else dtype)
+    unsigned = jnp.dtype(f"uint{own.bits}")
+    bits = lax.bitcast_convert_type(leaf, unsigned) & unsigned.type(2 ** (own.bits - 1) - 1)
+    if own.dtype == wide.dtype:
+        return bits
+    # Widened as integers, since a conversion of floats may flush subnormals.
+    goal = jnp.dtype(f"uint{wide.bits}")
+    rebias = goal.type((own.minexp - wide.minexp) << wide.nmant)
+    key = (bits.astype(goal) << goal.type(wide.nmant - own.nmant)) + rebias
+    if own.minexp == wide.minexp:
+        return key  # bfloat16 in float32: only the fraction grows
+    infinite = bits >= unsigned.type(((1 << own.nexp) - 1) << own.nmant)
+    tiny = bits < unsigned.type(1 << own.nmant)  # zero and subnormals: a multiple of the least one
+    multiple = bits.astype(wide.dtype) * wide.dtype.type(2.0 ** (own.minexp - own.nmant))
+    key = jnp.where(infinite, key + rebias, key)
+    return jnp.where(tiny, lax.bitcast_convert_type(multiple, goal), key)
+
+
+def _key(leaf: Array, keep: Array | None, dtype: Any) -> Array:
+    """Magnitudes with the entries that are out already above every pivot."""
+    key = magnitude(leaf, dtype)
+    return key if keep is None else jnp.where(keep, key, ~jnp.zeros((), key.dtype))
+
+
+def search(
+    keys: Callable[[Any], Sequence[Array]], arrays: Any, count: Count, bits: int,
+    rooms: Sequence[Count] | None = None,
+) -> Array:
+    """Finds the least integer below which at least ``count`` keys lie.
+
+    Args:
+      keys: makes the tensors' keys, unsigned integers, out of ``arrays``; called within each pass,
+        so that keys are never stored. All ones stand for "no key".
+      arrays: a tree of what the keys are made of.
+      count: a scalar count, at most the number of keys (of those that have room).
+      bits: keys are below ``2**bits``, less than the width of their dtype.
+      rooms: one count a tensor, the most of its keys that may count; without limit by default.
+
+    Returns:
+      The threshold, a scalar of the keys' dtype; 0 if ``count`` is 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> int(search(lambda key: [key], jnp.uint32([7, 3, 3, 9]), count_of(2), bits=4))
+      4
+    """
+    dtype = jax.eval_shape(keys, arrays)[0].dtype
+    steps = jnp.arange(1, 2**_DIGIT, dtype=dtype)
+
+    def enter(i: Array, floor: Array) -> Array:
+        # The barrier keeps XLA from lifting the keys out of the loop, which would store them.
+        held, floor = lax.optimization_barrier((arrays, floor))
+        shift = jnp.maximum(bits - _DIGIT * (i + 1), 0).astype(dtype)
+        pivots = floor + (steps << shift)
+        total = count_of(jnp.zeros(steps.shape, jnp.uint32))
+        for t, key in enumerate(keys(held)):
+            below = count_true([key < pivot for pivot in pivots])
+            total = add(total, below if rooms is None else minimum(below, rooms[t]))
+        digit = jnp.sum(less(total, count), dtype=jnp.uint32).astype(dtype)
+        return floor + (digit << shift)
+
+    floor = lax.fori_loop(0, -(-bits // _DIGIT), enter, jnp.zeros((), dtype))
+    return jnp.where(equal(count, count_of(0)), jnp.zeros_like(floor), floor + dtype.type(1))
+
+
+class Plan(NamedTuple):
+    """What is to go from one tensor."""
+
+    threshold: Array  # scalar key: entries below it go, unless that is more than `drop`
+    below: Count  # how many remaining entries are below it
+    drop: Count  # how many go, at most `below`
+
+
+def plan(
+    leaves: Sequence[Array], keeps: Sequence[Array | None], floors: Sequence[Count],
+    drop: Callable[[Count], Count], exact_ties: bool,
+) -> list[Plan]:
+    """Decides how many of the smallest magnitudes go from each of several tensors.
+
+    With C(t) the sum over the tensors of ``min(entries below t, remaining - floor)``, the common
+    threshold is the least t with C(t) >= the number to drop, so that a tensor at its floor leaves
+    the rest to the others.
+
+    Args:
+      leaves: float arrays, of any dtypes.
+      keeps: for each the boolean array of what remains, or None for everything.
+      floors: for each the least number of entries that stay.
+      drop: from the number of remaining entries to the number to drop; cut to what the floors
+        allow.
+      exact_ties: drop no more than that number of entries tied at the threshold, the first
+        tensors' first; otherwise all of them.
+
+    Returns:
+      One plan a tensor, for :func:`lowest`.
+    """
+    dtype = common_dtype(leaves)
+    remaining = [_remaining(*pair) for pair in zip(leaves, keeps, strict=True)]
+    rooms = [subtract(n, floor) for n, floor in zip(remaining, floors, strict=True)]
+    goal = minimum(drop(_total(remaining)), _total(rooms))
+
+    def keys(arrays: Any) -> list[Array]:
+        return [_key(leaf, keep, dtype) for leaf, keep in arrays]
+
+    arrays = list(zip(leaves, keeps, strict=True))
+    threshold = search(keys, arrays, goal, jnp.finfo(dtype).bits - 1, rooms)
+    tie = _predecessor(threshold)
+    plans, certain = [], []
+    for key, room in zip(keys(arrays), rooms, strict=True):
+        counts = count_true([key < tie, key < threshold])
+        under, below = (Count(*(limb[i] for limb in counts)) for i in (0, 1))
+        plans.append(Plan(threshold, below, minimum(below, room)))
+        certain.append(minimum(under, room))
+    if exact_ties:
+        ties = subtract(goal, _total(certain))
+        for i, (row, sure) in enumerate(zip(plans, certain, strict=True)):
+            taken = minimum(subtract(row.drop, sure), ties)
+            ties = subtract(ties, taken)
+            plans[i] = row._replace(drop=add(sure, taken))
+    return plans
+
+
+def plan_below(leaf: Array, keep: Array | None, floor: Count, threshold: Array) -> Plan:
+    """Decides how many entries of magnitude at most ``threshold`` go from one tensor.
+
+    Args:
+      leaf: a float array.
+      keep: the boolean array of what remains, or None for everything.
+      floor: the least number of entries that stay.
+      threshold: a float scalar of a dtype at least as wide as the leaf's. Nothing goes if it is
+        negative or NaN.
+
+    Returns:
+      The plan, for :func:`lowest`.
+    """
+    key = _key(leaf, keep, threshold.dtype)
+    bound = magnitude(threshold)
+    positive = lax.bitcast_convert_type(threshold, bound.dtype) == bound
+    infinity = magnitude(jnp.array(jnp.inf, threshold.dtype))
+    takes = (positive | (bound == 0)) & (bound <= infinity)
+    bound = jnp.where(takes, bound + jnp.ones_like(bound), jnp.zeros_like(bound))
+    below = _scalar(count_true([key < bound]))
+    room = subtract(_remaining(leaf, keep), floor)
+    return Plan(bound, below, minimum(below, room))
+
+
+def lowest(leaf: Array, keep: Array | None, row: Plan, dtype: Any) -> Array:
+    """Marks the entries that a plan takes from a tensor.
+
+    Where the plan takes fewer than there are below the threshold (a floor, or ties), the tensor is
+    searched alone, and entries of equal magnitude go in the order of their flat index. Otherwise
+    this is one comparison.
+
+    Args:
+      leaf: the float array.
+      keep: the boolean array of what remains, or None for everything.
+      row: the tensor's plan.
+      dtype: the float dtype that the plan was made in.
+
+    Returns:
+      A boolean array of the leaf's shape, true at exactly ``row.drop`` remaining entries.
+    """
+    return lax.cond(
+        equal(row.drop, row.below),
+        lambda: _key(leaf, keep, dtype) < row.threshold,
+        lambda: _lowest_exactly(leaf, keep, row.drop),
+    )
+
+
+def _lowest_exactly(leaf: Array, keep: Array | None, count: Count) -> Array:
+    """Marks the ``count`` remaining entries of least magnitude, by flat index among equals."""
+    arrays = (leaf, keep)
+    bits = jnp.finfo(leaf.dtype).bits - 1
+    threshold = search(lambda a: [_key(*a, None)], arrays, count, bits)
+    tie = _predecessor(threshold)
+    marked = _key(*arrays, None) < tie
+    left = subtract(count, _scalar(count_true([marked])))
+
+    def tied(a: Any) -> Array:
+        return _key(*a, None) == tie
+
+    # The flat index of the last tie to go, one coordinate after the other: no index overflows.
+    for axis, length in enumerate(leaf.shape):
+        index = lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+
+        def place(a: Any, tied: Any = tied, index: Array = index) -> list[Array]:
+            return [jnp.where(tied(a), index, jnp.uint32(2**32 - 1))]
+
+        end = _predecessor(search(place, arrays, left, length.bit_length()))
+        before = tied(arrays) & (index < end)
+        marked |= before
+        left = subtract(left, _scalar(count_true([before])))
+
+        def tied(a: Any, tied: Any = tied, index: Array = index, end: Array = end) -> Array:
+            return tied(a) & (index == end)
+
+    return marked | (tied(arrays) & less(count_of(0), left))
+
+
+def _predecessor(key: Array) -> Array:
+    """The key below, 0 for 0."""
+    return key - (key > 0).astype(key.dtype)
+
+
+def _scalar(counts: Count) -> Count:
+    """The only one of an array of counts."""
+    return Count(counts.high[0], counts.low[0])
+
+
+def _remaining(leaf: Array, keep: Array | None) -> Count:
+    """How many entries remain."""
+    return count_of(leaf.size) if keep is None else _scalar(count_true([keep]))
+
+
+def _total(counts: Sequence[Count]) -> Count:
+    """Adds up counts."""
+    total = count_of(0)
+    for count in counts:
+        total = add(total, count)
+    return total

@@ -1,0 +1,43 @@
+"""Eight simulated devices, strict ranks, one compilation cache for all workers."""
+
+import os
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "tfds"
+
+
+@pytest.fixture
+def strict_dtypes():
+    """Strict dtype promotion, for what is around our own functions alone."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    """64-bit types, for one test."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(scope="session")
+def prepared_data():
+    """The folder of data sets prepared by tensorflow-datasets, where there is one."""
+    folder = Path(os.environ.get("TFDS_DATA_DIR", SHARED))
+    if not (folder / "mnist").is_dir():
+        pytest.skip(f"no prepared data sets in {folder}; set TFDS_DATA_DIR")
+    return folder
