@@ -79,7 +79,7 @@ def run(splits: data.Splits, method: str, seed: int, settings: dict[str, Any], o
     evaluate = trainer.accuracy(model.apply, splits.validation)
     test = trainer.accuracy(model.apply, splits.test)
 
-    dense_tx = optax.adam(1e-3)
+    dense_tx = optax.adam(optax.cosine_decay_schedule(1e-3, settings["dense_epochs"] * epoch))
     train_dense = trainer.trainer(model.apply, dense_tx, splits.train, batch, epoch)
     record = trainer.start(params, dense_tx, images, seed)
     for _ in range(settings["dense_epochs"]):

@@ -45,11 +45,10 @@ def hold_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
     which a pruned entry cannot be told apart or does not rest at 0; its weight is held all the same:
 
     =================  ==========================================================================
-    adafactor          second moments of large matrices are sums over rows and columns
-    sm3                second moments are maxima over rows and columns (of matrices)
-    rprop              step sizes are clipped from below, at ``min_step_size``
-    adadelta           of squares, decays from what they were: zeroed, then 0
-    noisy_sgd          noise is added inside; only what comes out of it is held
+    adafactor          sums over rows and columns of large matrices; elsewhere rests at 1e-30
+    adabelief          second moment rests at ``eps_root``
+    adamax, adamaxw    largest gradient seen rests at ``eps``
+    sm3                second moments are maxima over rows and columns
     =================  ==========================================================================
 
     Args:
@@ -144,8 +143,7 @@ def prune(
             f" {plain.num_leaves}. Pass the transformation and the params that it was made with."
         )
     state = jax.tree.unflatten(plain, leaves)
-    state = optax.tree.map_params(tx, _forget, state, pruning_mask, is_leaf=_is_hole)
-    state = restart_if_any(_set_masks(state, pruning_mask))
+    state = restart_if_any(_set_masks(_forget(state, pruning_mask), pruning_mask))
     return apply_mask(params, pruning_mask), jax.tree.unflatten(boxed, jax.tree.leaves(state))
 
 
@@ -218,10 +216,35 @@ def _set_masks(opt_state: PyTree, pruning_mask: PyTree) -> PyTree:
     return jax.tree.map(set_mask, opt_state, is_leaf=_is_holder)
 
 
-def _forget(moment: Any, keep: jax.Array) -> Any:
-    """Zeroes a moment where its entry is pruned, also behind leading (memory) axes."""
-    if _is_hole(moment) or not keep.ndim or moment.shape[-keep.ndim:] != keep.shape:
-        entrywise_scalar = not _is_hole(moment) and not keep.ndim and not moment.ndim
-        if not entrywise_scalar:
+def _forget(opt_state: PyTree, pruning_mask: PyTree) -> PyTree:
+    """Zeroes the pruned entries of every tree of moments, also behind leading (memory) axes.
+
+    Such a tree is known by its structure: that of the params, with or without holes. (The
+    placeholders of ``optax.tree.map_params`` do not get through ``init`` of lbfgs and sm3.)
+    """
+    params_structure, lone = jax.tree.structure(pruning_mask), jax.tree.structure(0)
+    if params_structure == lone and not jnp.ndim(pruning_mask):
+        return opt_state  # it would have the shape of every hyper-parameter
+
+    def like_params(node):
+        structure = jax.tree.structure(node, is_leaf=_is_hole)
+        if structure in (params_structure, lone):
+            return structure == params_structure
+        try:
+            structure.flatten_up_to(pruning_mask)
+        except (ValueError, TypeError, KeyError):
+            return False
+        return True
+
+    def forget(moment, keep):
+        if _is_hole(moment) or not is_float(moment):
             return moment
-    return jnp.where(keep, moment, jnp.zeros_like(moment))
+        if moment.shape[moment.ndim - keep.ndim:] != keep.shape:
+            return moment
+        return jnp.where(keep, moment, jnp.zeros_like(moment))
+
+    return jax.tree.map(
+        lambda node: jax.tree.map(forget, node, pruning_mask, is_leaf=_is_hole)
+        if like_params(node) else node,
+        opt_state, is_leaf=like_params,
+    )

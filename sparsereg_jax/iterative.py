@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from .holding import held_mask, prune
-from .pruning import apply_mask, mask_by_fraction, summary
+from .pruning import apply_mask, count_kept, mask_by_fraction, summary
 from .selection import Mask, is_float, leaf_path, resolve_mask, weights
 
 PyTree = Any
@@ -67,7 +67,8 @@ class Check(NamedTuple):
     kept: int  # entries not pruned, when checked
     met_bound: bool
     pruned: bool  # whether the check ended in a pruning
-    action: str  # "pruned", "went back", "trains on" or "stopped"
+    stopped: bool  # whether it was the last
+    action: str  # "pruned", "went back" (and pruned less, if pruned) or "trains on"
     evaluations: int  # calls of the evaluation
     seconds: float  # wall time of the interval and the check
     sparsity_by_path: dict[str, float]
@@ -89,8 +90,9 @@ class Situation(NamedTuple):
 class Proposal(NamedTuple):
     """What to prune now."""
 
-    pruning_mask: PyTree | None  # None: nothing yet
-    evaluations: int = 0
+    pruning_mask: PyTree | None  # None: nothing at this check
+    evaluations: int = 0  # calls of evaluate it took
+    exhausted: bool = False  # nothing at later checks either: the loop stops
 
 
 Propose = Callable[[Situation], Proposal]
@@ -196,8 +198,8 @@ def iterative_pruning(
       >>> state = pruning.init(Record(params, tx.init(params)))
       >>> while not pruning.done(state):
       ...     state, check = pruning.step(state)
-      >>> print(state.good.params["w"].round(1))
-      [[ 3.  0. -2.  0.]]
+      >>> print(state.good.params["w"] != 0)
+      [[ True False  True False]]
     """
     if mode not in ("max", "min"):
         raise ValueError(f"iterative_pruning: mode={mode!r} is neither 'max' nor 'min'.")
@@ -283,8 +285,6 @@ def iterative_pruning(
         action, proposal = "trains on", Proposal(None)
         if met_bound:
             proposal = propose_from(record, metric, now.waited, now.retreats)
-            if proposal.evaluations and proposal.pruning_mask is None:
-                now = now._replace(waited=0)  # a search in vain waits for the next plateau
         elif recovery is not None and now.missed >= recovery:
             action, record, retreats = "went back", good, now.retreats + 1
             now = now._replace(
@@ -300,16 +300,17 @@ def iterative_pruning(
             params, opt_state = prune_jitted(record.params, record.opt_state, proposal.pruning_mask)
             record = _replace(record, params, opt_state)
             pruned = _kept(record) < before
-            # A step that has become smaller than one weight is the last.
-            now = now._replace(best_metric=worst, waited=0, missed=0, stopped=not pruned)
+            now = now._replace(best_metric=worst, waited=0, missed=0)
             action = "pruned" if pruned and action == "trains on" else action
-        if stop_when_worsening is not None and now.worsening >= stop_when_worsening:
+        # A step that has become smaller than one weight is the last.
+        exhausted = proposal.exhausted or (proposal.pruning_mask is not None and not pruned)
+        if exhausted or now.worsening >= (stop_when_worsening or math.inf):
             now = now._replace(stopped=True)
 
         check = Check(
             check=now.check, step=now.check * steps_per_check, metric=metric,
             sparsity=1 - kept / max(1, sum(row.size for row in rows)), kept=kept,
-            met_bound=met_bound, pruned=pruned, action=action,
+            met_bound=met_bound, pruned=pruned, stopped=now.stopped, action=action,
             evaluations=1 + proposal.evaluations, seconds=time.perf_counter() - start,
             sparsity_by_path={row.path: row.sparsity for row in rows},
         )
@@ -521,7 +522,9 @@ def bisection_step(
                 passed, found = share, trial
             else:
                 failed = share
-        return Proposal(found, evaluations)
+        if found is not None and count_kept(found) == count_kept(situation.pruning_mask):
+            found = None  # a share of less than one weight
+        return Proposal(found, evaluations, exhausted=found is None)
 
     return propose
 
@@ -561,7 +564,7 @@ def check_to_json(check: Check) -> str:
       A line without its end.
 
     Example:
-      >>> check = Check(1, 250, 0.98, 0.5, 50, True, True, "pruned", 1, 0.25, {"w": 0.5})
+      >>> check = Check(1, 250, 0.98, 0.5, 9, True, True, False, "pruned", 1, 2.5, {"w": 0.5})
       >>> check_from_json(check_to_json(check)) == check
       True
     """

@@ -667,20 +667,17 @@ def _plan(
 def _cut(leaves: list[Array], keeps: Keeps, plans: list[Plan]) -> Keeps:
     """Carries out a group's plans, a program a leaf, so that leaves of one shape share one."""
     dtype = thresholds.common_dtype(leaves)
-    return [_cut_leaf(leaf, keep, plan, dtype)
+    return [_cut_leaf(leaf, keep, plan, dtype=dtype)
             for leaf, keep, plan in zip(leaves, keeps, plans, strict=True)]
 
 
-@partial(jax.jit, static_argnames="dtype")
-def _cut_leaf(leaf: Array, keep: Array | None, plan: Plan, dtype: Any) -> Array:
-    stays = ~thresholds.lowest(leaf, keep, plan, dtype)
-    return stays if keep is None else keep & stays
+_cut_leaf = jax.jit(thresholds.cut, static_argnames="dtype")
 
 
 @jax.jit
 def _cut_below(leaf: Array, keep: Array | None, floor: Count, threshold: Array) -> Array:
     plan = thresholds.plan_below(leaf, keep, floor, threshold)
-    return _cut_leaf(leaf, keep, plan, threshold.dtype)
+    return thresholds.cut(leaf, keep, plan, threshold.dtype)
 
 
 @partial(jax.jit, static_argnames=("n", "m", "axis"))

@@ -265,7 +265,7 @@ def selective_penalty(
 
     terms = jax.tree.leaves(
         jax.tree_util.tree_map_with_path(leaf_penalty, selected, params, gradients))
-    dtype = jnp.result_type(jnp.float32, *terms) if terms else jnp.float32
+    dtype = _term_dtype(*terms)
     return sum((term.astype(dtype) for term in terms), start=jnp.zeros((), dtype))
 
 
@@ -344,7 +344,7 @@ def paper_strength(gamma: float, steps_per_epoch: int) -> optax.Schedule:
     _check_number("paper_strength", "steps_per_epoch", steps_per_epoch, 1)
 
     def schedule(count):
-        elapsed = (jnp.asarray(count) + 1) / steps_per_epoch
+        elapsed = (jnp.asarray(count, jnp.result_type(float)) + 1) / steps_per_epoch
         return 2 * gamma * jnp.maximum(0, 1 - elapsed)
 
     return schedule
@@ -642,10 +642,8 @@ def _decoupled(
 
 def _term_dtype(*leaves: jax.Array) -> Any:
     """At least f32: in half precision a strength of 1e-5 is subnormal or lost."""
-    dtype = jnp.dtype(jnp.float32)
-    for leaf in leaves:
-        dtype = jnp.promote_types(dtype, leaf.dtype)
-    return dtype
+    return jnp.dtype(jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves)
+                     else jnp.float32)
 
 
 def _score(irrelevance: Irrelevance, key_path: tuple[Any, ...], gradient: jax.Array,

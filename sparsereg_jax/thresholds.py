@@ -13,6 +13,7 @@ Counts are pairs of 32-bit limbs, exact beyond 2**32 entries without 64-bit mode
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -244,10 +245,14 @@ def count_true(flags: Sequence[Array]) -> Count:
 
 def _joint_sums(flags: Sequence[Array], axes: tuple[int, ...]) -> Array:
     """Sums each array over ``axes`` by one reduction of all."""
-    return jnp.stack(lax.reduce(
-        tuple(flag.astype(jnp.uint32) for flag in flags), (jnp.uint32(0),) * len(flags),
+    alone = len(flags) == 1
+    sums = lax.reduce(
+        tuple(flag.astype(jnp.uint32) for flag in ((*flags, ~flags[0]) if alone else flags)),
+        (jnp.uint32(0),) * (len(flags) + alone),
         lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)), axes,
-    ))
+    )
+    # A lone array is summed beside its complement, which XLA must not find unused.
+    return jnp.stack(lax.optimization_barrier(sums)[:1] if alone else sums)
 
 
 def _plain_sums(flags: Sequence[Array], axes: tuple[int, ...]) -> Array:
@@ -305,9 +310,14 @@ def magnitude(leaf: Array, dtype: Any = None) -> Array:
 
 
 def _key(leaf: Array, keep: Array | None, dtype: Any) -> Array:
-    """Magnitudes with the entries that are out already above every pivot."""
+    """Magnitudes of what remains."""
     key = magnitude(leaf, dtype)
-    return key if keep is None else jnp.where(keep, key, ~jnp.zeros((), key.dtype))
+    return key if keep is None else _only(key, keep)
+
+
+def _only(key: Array, flag: Array) -> Array:
+    """Keys where a flag is true, all ones elsewhere; a select would not be vectorized so well."""
+    return key | (flag.astype(key.dtype) - jnp.ones((), key.dtype))
 
 
 def search(
@@ -379,7 +389,7 @@ def plan(
         tensors' first; otherwise all of them.
 
     Returns:
-      One plan a tensor, for :func:`lowest`.
+      One plan a tensor, for :func:`cut`.
     """
     dtype = common_dtype(leaves)
     remaining = [_remaining(*pair) for pair in zip(leaves, keeps, strict=True)]
@@ -391,14 +401,15 @@ def plan(
 
     arrays = list(zip(leaves, keeps, strict=True))
     threshold = search(keys, arrays, goal, jnp.finfo(dtype).bits - 1, rooms)
-    tie = _predecessor(threshold)
-    plans, certain = [], []
-    for key, room in zip(keys(arrays), rooms, strict=True):
-        counts = count_true([key < tie, key < threshold])
-        under, below = (Count(*(limb[i] for limb in counts)) for i in (0, 1))
-        plans.append(Plan(threshold, below, minimum(below, room)))
-        certain.append(minimum(under, room))
+
+    def drops(bound: Array) -> list[Plan]:
+        belows = [_scalar(count_true([key < bound])) for key in keys(arrays)]
+        return [Plan(threshold, below, minimum(below, room))
+                for below, room in zip(belows, rooms, strict=True)]
+
+    plans = drops(threshold)
     if exact_ties:
+        certain = [row.drop for row in drops(_predecessor(threshold))]
         ties = subtract(goal, _total(certain))
         for i, (row, sure) in enumerate(zip(plans, certain, strict=True)):
             taken = minimum(subtract(row.drop, sure), ties)
@@ -418,7 +429,7 @@ def plan_below(leaf: Array, keep: Array | None, floor: Count, threshold: Array) 
         negative or NaN.
 
     Returns:
-      The plan, for :func:`lowest`.
+      The plan, for :func:`cut`.
     """
     key = _key(leaf, keep, threshold.dtype)
     bound = magnitude(threshold)
@@ -431,8 +442,8 @@ def plan_below(leaf: Array, keep: Array | None, floor: Count, threshold: Array) 
     return Plan(bound, below, minimum(below, room))
 
 
-def lowest(leaf: Array, keep: Array | None, row: Plan, dtype: Any) -> Array:
-    """Marks the entries that a plan takes from a tensor.
+def cut(leaf: Array, keep: Array | None, row: Plan, dtype: Any) -> Array:
+    """Carries out a plan.
 
     Where the plan takes fewer than there are below the threshold (a floor, or ties), the tensor is
     searched alone, and entries of equal magnitude go in the order of their flat index. Otherwise
@@ -445,43 +456,44 @@ def lowest(leaf: Array, keep: Array | None, row: Plan, dtype: Any) -> Array:
       dtype: the float dtype that the plan was made in.
 
     Returns:
-      A boolean array of the leaf's shape, true at exactly ``row.drop`` remaining entries.
+      The boolean array of what remains then: exactly ``row.drop`` entries fewer.
     """
+    def stays(gone: Array) -> Array:
+        return ~gone if keep is None else keep & ~gone
+
     return lax.cond(
         equal(row.drop, row.below),
-        lambda: _key(leaf, keep, dtype) < row.threshold,
-        lambda: _lowest_exactly(leaf, keep, row.drop),
+        lambda: stays(_key(leaf, keep, dtype) < row.threshold),
+        lambda: stays(_lowest(leaf, keep, row.drop)),
     )
 
 
-def _lowest_exactly(leaf: Array, keep: Array | None, count: Count) -> Array:
+def _lowest(leaf: Array, keep: Array | None, count: Count) -> Array:
     """Marks the ``count`` remaining entries of least magnitude, by flat index among equals."""
     arrays = (leaf, keep)
     bits = jnp.finfo(leaf.dtype).bits - 1
-    threshold = search(lambda a: [_key(*a, None)], arrays, count, bits)
-    tie = _predecessor(threshold)
-    marked = _key(*arrays, None) < tie
-    left = subtract(count, _scalar(count_true([marked])))
+    tie = _predecessor(search(lambda a: [_key(*a, None)], arrays, count, bits))
+    left = subtract(count, _scalar(count_true([_key(*arrays, None) < tie])))
+    ends: list[Array] = []  # the last tie to go: its coordinates, in place of a longer flat index
 
-    def tied(a: Any) -> Array:
-        return _key(*a, None) == tie
+    def tied(a: Any, ends: Sequence[Array]) -> Array:
+        flag = _key(*a, None) == tie
+        for axis, end in enumerate(ends):
+            flag &= lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) == end
+        return flag
 
-    # The flat index of the last tie to go, one coordinate after the other: no index overflows.
+    def index_of(a: Any, axis: int, ends: Sequence[Array]) -> Array:
+        return _only(lax.broadcasted_iota(jnp.uint32, leaf.shape, axis), tied(a, ends))
+
     for axis, length in enumerate(leaf.shape):
-        index = lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-
-        def place(a: Any, tied: Any = tied, index: Array = index) -> list[Array]:
-            return [jnp.where(tied(a), index, jnp.uint32(2**32 - 1))]
-
-        end = _predecessor(search(place, arrays, left, length.bit_length()))
-        before = tied(arrays) & (index < end)
-        marked |= before
-        left = subtract(left, _scalar(count_true([before])))
-
-        def tied(a: Any, tied: Any = tied, index: Array = index, end: Array = end) -> Array:
-            return tied(a) & (index == end)
-
-    return marked | (tied(arrays) & less(count_of(0), left))
+        at = partial(index_of, axis=axis, ends=tuple(ends))
+        end = _predecessor(search(lambda a, at=at: [at(a)], arrays, left, length.bit_length()))
+        left = subtract(left, _scalar(count_true([at(arrays) < end])))
+        ends.append(end)
+    marked = _key(*arrays, None) < tie
+    for axis, end in enumerate(ends):
+        marked |= index_of(arrays, axis, ends[:axis]) < end
+    return marked | (tied(arrays, ends) & less(count_of(0), left))
 
 
 def _predecessor(key: Array) -> Array:

@@ -1,0 +1,137 @@
+"""Ratios of running times that a busy machine does not bend.
+
+What is compared runs in turn, round after round, every second round in reverse order; a ratio is
+the median of the rounds' own ratios, so that a neighbour who slows a whole round down slows both
+sides of it.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+LEAST = 0.02  # seconds a timing lasts at least: a shorter step is run several times in a row
+
+
+class Candidate(NamedTuple):
+    """One thing to time: a step, and what its first call goes on from."""
+
+    step: Callable[[Any], Any]  # from a carry to the next; may give its argument's memory away
+    carry: Any
+    temporaries: int | None = None  # bytes, of the compiled program
+
+
+class Row(NamedTuple):
+    """One comparison."""
+
+    benchmark: str
+    ours: str
+    against: str
+    speedup: bool  # whether the ratio is theirs over ours, to be large, or ours over theirs
+    ratio: float  # median over the rounds
+    quartiles: tuple[float, float]
+    must: float | None
+    goal: float | None
+    milliseconds: float  # medians, of ours ...
+    against_milliseconds: float  # ... and of theirs
+    temporaries: int | None  # bytes
+    against_temporaries: int | None
+
+
+def compiled(step: Callable[..., Any], carry: Any, *inputs: Any, donate: bool = True) -> Candidate:
+    """Compiles ``step(carry, *inputs)``; only the carry's memory is given away, never the inputs'.
+
+    Args:
+      step: a jit-able function that returns the next carry, or, without ``donate``, anything.
+      carry: what the first call starts from; with ``donate`` a copy of it is used up.
+      *inputs: arrays that every call reads; nothing is compiled in as a constant.
+      donate: whether the result takes the carry's place, in memory too.
+
+    Returns:
+      A candidate, its temporaries read from the compiled program.
+    """
+    program = jax.jit(step, donate_argnums=(0,) if donate else ()).lower(carry, *inputs).compile()
+    memory = program.memory_analysis()
+    temporaries = None if memory is None else int(memory.temp_size_in_bytes)
+    if donate:
+        own = jax.tree.map(lambda leaf: leaf.copy(), carry)
+        return Candidate(lambda carry: program(carry, *inputs), own, temporaries)
+
+    def again(carry):
+        jax.block_until_ready(program(carry, *inputs))
+        return carry
+
+    return Candidate(again, carry, temporaries)
+
+
+def interleave(
+    candidates: Mapping[str, Candidate], rounds: int
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Times the candidates in turn, each going on from its own carry.
+
+    Args:
+      candidates: what to compare, by name.
+      rounds: how often; two more come before, untimed.
+
+    Returns:
+      By name, the seconds of a step in each round, shape=[rounds], and the last carry.
+    """
+    carries = {name: candidate.carry for name, candidate in candidates.items()}
+
+    def timed(name: str, steps: int) -> float:
+        step, carry = candidates[name].step, carries.pop(name)
+        began = time.perf_counter()
+        for _ in range(steps):
+            carry = step(carry)
+        jax.block_until_ready(carry)
+        elapsed = time.perf_counter() - began
+        carries[name] = carry
+        return elapsed / steps
+
+    for name in candidates:
+        timed(name, 1)
+    fastest = min(timed(name, 1) for name in candidates)
+    steps = min(100, math.ceil(LEAST / fastest))
+    seconds = {name: np.zeros(rounds) for name in candidates}
+    for i in range(rounds):
+        for name in list(candidates)[:: 1 if i % 2 == 0 else -1]:
+            seconds[name][i] = timed(name, steps)
+    return seconds, carries
+
+
+def compare(
+    benchmark: str,
+    candidates: Mapping[str, Candidate],
+    seconds: Mapping[str, np.ndarray],
+    ours: str,
+    against: str,
+    *,
+    speedup: bool = False,
+    must: float | None = None,
+    goal: float | None = None,
+) -> Row:
+    """Makes the row of two candidates from what :func:`interleave` measured.
+
+    Args:
+      benchmark: the name of the group of rows.
+      candidates: the candidates.
+      seconds: their times.
+      ours: name of the one.
+      against: name of the other.
+      speedup: whether the ratio is to be theirs over ours.
+      must: what the ratio must not exceed (of a speed-up: must reach); None for no such thing.
+      goal: the same, wished for.
+
+    Returns:
+      The row.
+    """
+    above, below = (against, ours) if speedup else (ours, against)
+    low, median, high = np.quantile(seconds[above] / seconds[below], (0.25, 0.5, 0.75))
+    return Row(
+        benchmark, ours, against, speedup, float(median), (float(low), float(high)), must, goal,
+        1e3 * float(np.median(seconds[ours])), 1e3 * float(np.median(seconds[against])),
+        candidates[ours].temporaries, candidates[against].temporaries,
+    )
