@@ -14,6 +14,7 @@ from .iterative import Progress as Progress
 from .iterative import Proposal as Proposal
 from .iterative import PruningError as PruningError
 from .iterative import PruningState as PruningState
+from .iterative import Record as Record
 from .iterative import Situation as Situation
 from .iterative import bisection_step as bisection_step
 from .iterative import check_from_json as check_from_json

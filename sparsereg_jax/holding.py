@@ -41,14 +41,16 @@ def hold_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
     changes weights behind it (an average of the weights, a lookahead) is not held.
 
     Entry-wise moments of a pruned entry are zeroed by :func:`prune` and stay 0, those with a leading
-    memory axis (``optax.lbfgs``) included. Of optax's own optimizers these keep other state, in
-    which a pruned entry cannot be told apart or does not rest at 0; its weight is held all the same:
+    memory axis (of ``optax.lbfgs``) included. Of optax's own optimizers these keep other state too,
+    in which a pruned entry cannot be told apart or does not rest at 0; its weight is held all the
+    same:
 
     =================  ==========================================================================
-    adafactor          sums over rows and columns of large matrices; elsewhere rests at 1e-30
     adabelief          second moment rests at ``eps_root``
+    adafactor          sums over rows and columns of large matrices; elsewhere rests at ``eps``
     adamax, adamaxw    largest gradient seen rests at ``eps``
-    sm3                second moments are maxima over rows and columns
+    lbfgs              its line search keeps the gradient of the ``value_fn`` it is given
+    sm3                largest gradients seen in rows and columns
     =================  ==========================================================================
 
     Args:

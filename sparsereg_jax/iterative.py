@@ -29,6 +29,13 @@ Metric = Callable[[PyTree], Any]
 Mode = Literal["max", "min"]
 
 
+class Record(NamedTuple):
+    """What is trained, for those who have no record of their own."""
+
+    params: PyTree
+    opt_state: PyTree
+
+
 class Progress(NamedTuple):
     """The loop's own numbers, each of shape ()."""
 
@@ -149,10 +156,10 @@ def iterative_pruning(
 
     Args:
       tx: the optimizer, with :func:`sparsereg_jax.hold_zeros` in it.
-      train: trains one interval, from a record to a record. The record is a NamedTuple or a
-        dataclass (``flax.training.train_state.TrainState``, say) with at least the fields
-        ``params`` and ``opt_state``; random keys and the position in the data belong in it too.
-        It may donate its argument.
+      train: trains one interval, from a record to a record. The record is :class:`Record`, or a
+        NamedTuple or dataclass (``flax.training.train_state.TrainState``) of one's own with at
+        least its fields; random keys and the position in the data belong in it too. ``train`` may
+        donate its argument.
       evaluate: from params to a finite scalar, on data held out from training. Called with the same
         shapes always, so a jitted one compiles once.
       propose: what to prune next, :func:`fraction_step` or :func:`bisection_step`, or a function of
@@ -181,21 +188,17 @@ def iterative_pruning(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sparsereg_jax as sj
-      >>> from typing import NamedTuple
       >>> target = jnp.array([[3.0, 0.0, -2.0, 0.0]])
       >>> tx = sj.hold_zeros(sj.selective_sgd(0.1, alpha=0.1))
-      >>> class Record(NamedTuple):
-      ...     params: dict
-      ...     opt_state: tuple
       >>> def train(record):
       ...     gradients = {"w": record.params["w"] - target}
       ...     updates, opt_state = tx.update(gradients, record.opt_state, record.params)
-      ...     return Record(optax.apply_updates(record.params, updates), opt_state)
+      ...     return sj.Record(optax.apply_updates(record.params, updates), opt_state)
       >>> params = {"w": target + 0.1}
       >>> pruning = sj.iterative_pruning(
       ...     tx, train, lambda params: jnp.sum((params["w"] - target) ** 2),
       ...     sj.fraction_step(0.25), bound=0.5, mode="min", max_checks=8, recovery=2)
-      >>> state = pruning.init(Record(params, tx.init(params)))
+      >>> state = pruning.init(sj.Record(params, tx.init(params)))
       >>> while not pruning.done(state):
       ...     state, check = pruning.step(state)
       >>> print(state.good.params["w"] != 0)
@@ -249,13 +252,14 @@ def iterative_pruning(
             check=0, waited=0, missed=0, worsening=0, retreats=0, stopped=False, bound=lowest,
             dense_metric=dense, good_metric=dense, last_metric=dense, best_metric=worst,
         )
+        record = _rebuilt(record)
         return PruningState(record, record, _to_arrays(progress))
 
     def step(state: PruningState) -> tuple[PruningState, Check]:
         start = time.perf_counter()
         was = _from_arrays(state.progress)
         # A copy, so that a train that donates its argument leaves this state usable.
-        record = train(_copy(state.current))
+        record = _rebuilt(train(_copy(state.current)))
         try:
             _check_record(record)
             _check_held(state.current, record)
@@ -402,16 +406,12 @@ def fine_tune(
 
     Example:
       >>> import jax.numpy as jnp, optax, sparsereg_jax as sj
-      >>> from typing import NamedTuple
-      >>> class Record(NamedTuple):
-      ...     params: jnp.ndarray
-      ...     opt_state: tuple
       >>> tx = sj.hold_zeros(optax.sgd(0.5))
       >>> w, opt_state = sj.prune(tx, jnp.ones(2), tx.init(jnp.ones(2)), jnp.array([True, False]))
       >>> def train(record):
       ...     updates, opt_state = tx.update(record.params - 3, record.opt_state, record.params)
-      ...     return Record(record.params + updates, opt_state)
-      >>> record, loss = sj.fine_tune(Record(w, opt_state), tx, train,
+      ...     return sj.Record(record.params + updates, opt_state)
+      >>> record, loss = sj.fine_tune(sj.Record(w, opt_state), tx, train,
       ...                             lambda w: jnp.abs(w[0] - 3), intervals=3, mode="min")
       >>> print(record.params, loss)
       [2.75 0.  ] 0.25
@@ -421,7 +421,7 @@ def fine_tune(
     best = record = _replace(record, params, opt_state)
     best_metric = _measure(evaluate, params)
     for _ in range(intervals):
-        before, record = record, train(_copy(record))
+        before, record = record, _rebuilt(train(_copy(record)))
         _check_held(before, record)
         metric = _measure(evaluate, record.params)
         if metric > best_metric if mode == "max" else metric < best_metric:
@@ -606,7 +606,13 @@ def _from_arrays(progress: Progress) -> Progress:
 
 
 def _copy(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, tree)
+    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array | np.ndarray) else leaf,
+                        tree)
+
+
+def _rebuilt(tree: PyTree) -> PyTree:
+    """New containers for the same arrays: an ``nnx.State`` goes on changing with its module."""
+    return jax.tree.map(lambda leaf: leaf, tree)
 
 
 def _check_record(record: TrainState) -> None:
