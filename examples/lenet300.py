@@ -31,7 +31,7 @@ import sparsereg_jax as sj
 
 from . import data, figures, trainer
 
-METHODS = {
+METHODS: dict[str, sj.Irrelevance | None] = {
     "selective": sj.exponential_irrelevance,  # the paper's, alpha = 1
     "l2": sj.constant_irrelevance,  # the same penalty, every weight irrelevant
     "none": None,  # no regularizer: magnitude pruning in the same loop
@@ -40,9 +40,9 @@ METHODS = {
 # Chosen on validation images; a flag of the same name overrides one.
 SETTINGS: dict[str, dict[str, Any]] = {
     "digits": dict(dense_epochs=40, interval=55, fraction=0.10, bound=0.96, checks=200,
-                   recovery=12, tune_epochs=20, gamma=1e-3),
+                   recovery=12, tune_epochs=20, learning_rate=1e-3, gamma=1e-3),
     "default": dict(dense_epochs=20, interval=250, fraction=0.05, bound=0.98, checks=330,
-                    recovery=20, tune_epochs=10, gamma=1e-3),
+                    recovery=20, tune_epochs=10, learning_rate=1e-3, gamma=1e-3),
 }
 
 
@@ -59,13 +59,16 @@ class LeNet300(nn.Module):
         return nn.Dense(self.classes)(hidden)
 
 
-def optimizer(method: str, gamma: float, steps_per_epoch: int) -> optax.GradientTransformation:
+def optimizer(
+    method: str, learning_rate: float, gamma: float, steps_per_epoch: int
+) -> optax.GradientTransformation:
     """Adam with the method's regularizer, zeros held."""
-    if METHODS[method] is None:
-        return sj.hold_zeros(optax.adam(1e-3))
+    irrelevance = METHODS[method]
+    if irrelevance is None:
+        return sj.hold_zeros(optax.adam(learning_rate))
     strength = sj.paper_strength(gamma, steps_per_epoch)
     return sj.hold_zeros(
-        sj.selective_adam(1e-3, strength=strength, irrelevance=METHODS[method]))
+        sj.selective_adam(learning_rate, strength=strength, irrelevance=irrelevance))
 
 
 def run(splits: data.Splits, method: str, seed: int, settings: dict[str, Any], out: Path,
@@ -86,7 +89,7 @@ def run(splits: data.Splits, method: str, seed: int, settings: dict[str, Any], o
         record = train_dense(record)
     dense = record.params
 
-    tx = optimizer(method, settings["gamma"], epoch)
+    tx = optimizer(method, settings["learning_rate"], settings["gamma"], epoch)
     train = trainer.trainer(model.apply, tx, splits.train, batch, settings["interval"])
     pruning = sj.iterative_pruning(
         tx, train, evaluate, sj.fraction_step(settings["fraction"]), settings["bound"],

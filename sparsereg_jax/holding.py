@@ -33,7 +33,7 @@ def hold_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
       u_i \leftarrow \begin{cases} \mathrm{inner}(g)_i & m_i = 1 \\ -w_i & m_i = 0 \end{cases}
 
     with the pruning mask :math:`m` kept in the state (all ones at ``init``); :func:`prune` sets it.
-    Both choices are made by ``jnp.where``, so a NaN in a pruned entry's gradient does no harm.
+    Both are choices, not products, so a NaN in a pruned entry's gradient does no harm.
 
     Place it around the whole chain, learning rate, shrinkage, clipping and all:
     ``hold_zeros(optax.chain(...))``. It may itself stand inside ``optax.MultiSteps``,
@@ -80,7 +80,7 @@ def hold_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
         if params is None:
             raise ValueError("hold_zeros: a pruned weight is held by the update -w; call"
                              " `update(gradients, state, params)`.")
-        gradients = _where(state.pruning_mask, updates, jnp.zeros_like)
+        gradients = _kept(state.pruning_mask, updates)
         updates, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
         updates = jax.tree.map(
             lambda update, keep, weight: update if update is None or not is_float(weight)
@@ -182,12 +182,30 @@ def held_mask(params: PyTree, opt_state: optax.OptState) -> PyTree:
         lambda kp, keep: held.get(leaf_path(kp), keep), full_mask(params))
 
 
-def _where(pruning_mask: PyTree, tree: PyTree, other: Any) -> PyTree:
+def _kept(pruning_mask: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(
-        lambda leaf, keep: leaf if leaf is None or not is_float(leaf)
-        else jnp.where(keep, leaf, other(leaf)),
+        lambda leaf, keep: leaf if leaf is None or not is_float(leaf) else _kept_or_zero(leaf, keep),
         tree, pruning_mask, is_leaf=lambda leaf: leaf is None,
     )
+
+
+@jax.custom_jvp
+def _kept_or_zero(leaf: jax.Array, keep: jax.Array) -> jax.Array:
+    """``jnp.where(keep, leaf, 0)``, also of NaN, by bits.
+
+    Of the ``where`` XLA's CPU backend makes AVX-512 masked loads, which AMD processors are slow at:
+    2.5 times the time of Adam alone, where this takes 1.3.
+    """
+    bits = jnp.dtype(f"uint{jnp.finfo(leaf.dtype).bits}")
+    all_or_none = -keep.astype(bits)
+    return jax.lax.bitcast_convert_type(
+        jax.lax.bitcast_convert_type(leaf, bits) & all_or_none, leaf.dtype)
+
+
+@_kept_or_zero.defjvp
+def _kept_or_zero_jvp(primals, tangents):
+    (leaf, keep), (tangent, _) = primals, tangents
+    return _kept_or_zero(leaf, keep), jnp.where(keep, tangent, jnp.zeros_like(tangent))
 
 
 def _is_holder(node: Any) -> bool:

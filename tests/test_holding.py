@@ -21,8 +21,7 @@ SPECIAL = {  # arguments other than a learning rate of 0.01
     "adadelta": {"learning_rate": 0.1},
     "adafactor": {"learning_rate": 0.01, "min_dim_size_to_factor": 4},
     "lbfgs": {},
-    "noisy_sgd": {"learning_rate": 0.01, "key": jax.random.PRNGKey(0)}
-    if "key" in inspect.signature(optax.noisy_sgd).parameters else {"learning_rate": 0.01},
+    "noisy_sgd": {"learning_rate": 0.01, "key": 0},
     "polyak_sgd": {"max_learning_rate": 0.01},
 }
 SHAPES = {"matrix": (6, 5), "vector": (7,)}  # told apart by shape in any state
@@ -96,22 +95,23 @@ def _check_optimizer(name, dtypes):
     restless = set()
     for moments in (state.inner_state, states):
         for path, moment in jax.tree_util.tree_leaves_with_path(moments):
+            if not jnp.issubdtype(moment.dtype, jnp.floating):
+                continue  # counts and keys
             moment = np.asarray(moment.astype(jnp.float32))
             for leaf, shape in SHAPES.items():
                 if moment.shape[-len(shape):] == shape and (moment[..., pruned[leaf]] != 0).any():
                     restless.add(jax.tree_util.keystr(path))
-    whole = all(moment.ndim == 0 or any(moment.shape[-len(shape):] == shape
-                                        for shape in SHAPES.values())
-                for moment in jax.tree.leaves(state.inner_state) if moment.dtype != jnp.uint32)
-    assert (bool(restless) or not whole) == (name in _documented_exceptions()), restless
+    assert bool(restless) == (name in _documented_exceptions()), restless
 
 
+@pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
 @pytest.mark.parametrize("name", _aliases())
 def test_every_optimizer_of_optax_holds_zeros(name):
     _check_optimizer(name, {"matrix": jnp.float32, "vector": jnp.bfloat16})
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", _aliases())
 def test_every_optimizer_of_optax_in_one_dtype(name, dtype):
@@ -252,7 +252,7 @@ PLACES = {
     "partition": optax.partition({"x": sj.hold_zeros(SGD), "y": sj.hold_zeros(SGD)},
                                  {"a": "x", "b": "y"}),
     "around partition": sj.hold_zeros(optax.partition({"x": SGD, "y": SGD}, {
-        "a": "x", "b": {"c": "y", "d": "x"}})),
+        "a": "x", "b": {"c": "x", "d": "y"}})),
     "around masked": sj.hold_zeros(optax.chain(optax.masked(SGD, {"a": True, "b": True}))),
     "inject_hyperparams": sj.hold_zeros(optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9)),
     "in inject_hyperparams": optax.inject_hyperparams(
@@ -326,21 +326,19 @@ def test_in_an_nnx_optimizer():
     step(model, optimizer)
     # What a user writes:
     params = nnx.state(model, nnx.Param)
-    pruning_mask = sj.mask_by_threshold(params, 3.5, mask=sj.every_parameter)
+    pruning_mask = sj.mask_by_threshold(params, 2.5, mask=sj.every_parameter)
     params, opt_state = sj.prune(optimizer.tx, params, optimizer.opt_state, pruning_mask)
     nnx.update(model, params)
     optimizer.opt_state = opt_state
 
-    want = {"a": [[False, False, False]], "c": [True, True]}
-    want["a"][0][2] = bool(abs(model.a[...][0, 2]) > 3.5)
     for _ in range(2):
         step(model, optimizer)
-        held = sj.held_mask(nnx.state(model, nnx.Param), optimizer.opt_state)
-        assert jax.tree.map(lambda m: m.tolist(), nnx.to_pure_dict(held)) == want | {
-            "a": [[False, False, True]]} if want["a"][0][2] else True
-        np.testing.assert_array_equal(np.asarray(model.a[...]) == 0, ~np.asarray(
-            jax.tree.leaves(held)[0]))
-        assert (np.asarray(model.c[...]) != 0).all()
+    held = sj.held_mask(nnx.state(model, nnx.Param), optimizer.opt_state)
+    assert jax.tree.map(lambda keep: keep.tolist(), nnx.to_pure_dict(held)) == {
+        "a": [[False, False, True]], "c": [True, True]}
+    # Gradients of 1 leave nothing to shrink, and the survivors' momentum went on.
+    np.testing.assert_allclose(model.a[...], [[0.0, 0.0, _momentum(3, [1] * 3)]], rtol=1e-6)
+    np.testing.assert_allclose(model.c[...], [_momentum(w, [1] * 3) for w in (-4, 5)], rtol=1e-6)
     assert optimizer.step[...] == 3
 
 
@@ -379,10 +377,8 @@ def test_a_mask_that_does_not_fit_is_named(mask, path):
 
 def test_a_state_of_another_transformation_raises():
     tx = sj.hold_zeros(optax.adam(0.1))
-    with pytest.raises(ValueError, match="opt_state has 7 leaves"):
-        sj.prune(tx, TREE, sj.hold_zeros(optax.sgd(0.1, 0.9)).init(TREE) and
-                 optax.chain(sj.hold_zeros(optax.sgd(0.1, 0.9)), optax.scale_by_schedule(
-                     optax.constant_schedule(1.0))).init(TREE), MASK)
+    with pytest.raises(ValueError, match=r"opt_state has 6 leaves where .* gives 10"):
+        sj.prune(tx, TREE, sj.hold_zeros(SGD).init(TREE), MASK)
 
 
 def test_update_without_params_raises():
