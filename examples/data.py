@@ -3,6 +3,7 @@
 ``digits`` comes with scikit-learn; every other name is a tensorflow-datasets one.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,19 +79,21 @@ def _tfds(name: str, split: str, data_dir: str | Path | None) -> tuple[np.ndarra
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(name, data_dir=data_dir)
-    try:
-        if not builder.is_prepared():
-            builder.download_and_prepare(file_format="array_record")
-        if builder.info.file_format.value == "array_record":
-            source = builder.as_data_source(split=split)
-            rows = source.__getitems__(range(len(source)))
-        else:
-            rows = list(tfds.as_numpy(builder.as_dataset(split=split)))
-    except ImportError as error:
+    prepared = builder.is_prepared()
+    array_record = not prepared or builder.info.file_format.value == "array_record"
+    if not (prepared and array_record) and importlib.util.find_spec("tensorflow") is None:
+        what = "prepared as ArrayRecord" if prepared else "prepared"
         raise ImportError(
-            f"{name!r} in {builder.data_dir} is not prepared as ArrayRecord; preparing or reading it"
-            " needs TensorFlow once: pip install tensorflow-cpu. A prepared copy is given with"
-            " --data-dir."
-        ) from error
+            f"{name!r} is not {what} in {builder.data_dir}; to prepare it, or to read another format,"
+            " tensorflow-datasets needs TensorFlow once: pip install tensorflow-cpu. Or point"
+            " --data-dir at a copy prepared with file_format='array_record'."
+        )
+    if not prepared:
+        builder.download_and_prepare(file_format="array_record")
+    if array_record:
+        source = builder.as_data_source(split=split)
+        rows = source.__getitems__(range(len(source)))
+    else:
+        rows = list(tfds.as_numpy(builder.as_dataset(split=split)))
     images = np.stack([row["image"] for row in rows]).astype(np.float32)
     return images, np.array([row["label"] for row in rows])

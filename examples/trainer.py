@@ -28,7 +28,7 @@ def start(params: Any, tx: optax.GradientTransformation, images: int, seed: int)
 
 
 def trainer(
-    apply: Callable[..., jax.Array], tx: optax.GradientTransformation, data: Images, batch: int,
+    apply: Callable[..., Any], tx: optax.GradientTransformation, data: Images, batch: int,
     steps: int,
 ) -> Callable[[Record], Record]:
     """Makes ``train``: a function from a record to the record ``steps`` steps later."""
@@ -38,7 +38,7 @@ def trainer(
     return lambda record: interval(record, images, labels)
 
 
-def accuracy(apply: Callable[..., jax.Array], data: Images) -> Callable[[Any], jax.Array]:
+def accuracy(apply: Callable[..., Any], data: Images) -> Callable[[Any], jax.Array]:
     """Makes ``evaluate``: from params to the share of images classified right."""
     images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
 
