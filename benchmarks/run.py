@@ -31,7 +31,8 @@ from rich.table import Table
 from . import lenet_epoch, masks, steps
 from .timing import Row
 
-COLUMNS = ("benchmark", "ours", "against", "ratio", "quartiles", "must", "goal", "ms", "temporaries")
+COLUMNS = ("benchmark", "ours", "against", "ratio", "quartiles", "must", "goal", "ms",
+           "temporaries, MiB")
 
 
 def measure(rounds: int) -> list[Row]:
@@ -54,23 +55,23 @@ def cells(row: Row, milliseconds: bool) -> list[str]:
     sign = "≥" if row.speedup else "≤"
 
     def limit(number: float | None) -> str:
-        return "–" if number is None else f"{sign} {number:.{0 if row.speedup else 2}f}"
+        return "-" if number is None else f"{sign} {number:.{0 if row.speedup else 2}f}"
 
     def pair(ours: float | None, theirs: float | None, digits: int) -> str:
         if ours is None or theirs is None:
-            return "–"
+            return "-"
         return f"{ours:.{digits}f} / {theirs:.{digits}f}"
 
-    mebibytes = [None if size is None else size / 2**20
-                 for size in (row.temporaries, row.against_temporaries)]
+    mebibytes, against = (None if size is None else size / 2**20
+                          for size in (row.temporaries, row.against_temporaries))
     digits = 1 if row.speedup else 2
     low, high = row.quartiles
     return [
         row.benchmark, row.ours, row.against,
         f"{row.ratio:.{digits}f}" + (" times faster" if row.speedup else ""),
-        f"{low:.{digits}f} – {high:.{digits}f}", limit(row.must), limit(row.goal),
+        f"{low:.{digits}f} to {high:.{digits}f}", limit(row.must), limit(row.goal),
         pair(row.milliseconds, row.against_milliseconds, 2) if milliseconds else "",
-        pair(*mebibytes, digits=1) + ("" if None in mebibytes else " MiB"),
+        pair(mebibytes, against, 1),
     ]
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 LEAST = 0.02  # seconds a timing lasts at least: a shorter step is run several times in a row
+MOST = 45.0  # seconds all rounds of one comparison last, about: slow ones get fewer, but three
 
 
 class Candidate(NamedTuple):
@@ -39,32 +40,30 @@ class Row(NamedTuple):
     against_milliseconds: float  # ... and of theirs
     temporaries: int | None  # bytes
     against_temporaries: int | None
+    rounds: int
 
 
-def compiled(step: Callable[..., Any], carry: Any, *inputs: Any, donate: bool = True) -> Candidate:
-    """Compiles ``step(carry, *inputs)``; only the carry's memory is given away, never the inputs'.
+def compiled(step: Callable[..., Any], carry: Any, *inputs: Any) -> Candidate:
+    """Compiles ``step(carry, *inputs)``, a step that goes on from its own result.
 
     Args:
-      step: a jit-able function that returns the next carry, or, without ``donate``, anything.
-      carry: what the first call starts from; with ``donate`` a copy of it is used up.
+      step: a jit-able function that returns the next carry.
+      carry: what the first call starts from, a copy of it. Its memory is given away in each call,
+        as users give that of params and state.
       *inputs: arrays that every call reads; nothing is compiled in as a constant.
-      donate: whether the result takes the carry's place, in memory too.
 
     Returns:
       A candidate, its temporaries read from the compiled program.
     """
-    program = jax.jit(step, donate_argnums=(0,) if donate else ()).lower(carry, *inputs).compile()
-    memory = program.memory_analysis()
-    temporaries = None if memory is None else int(memory.temp_size_in_bytes)
-    if donate:
-        own = jax.tree.map(lambda leaf: leaf.copy(), carry)
-        return Candidate(lambda carry: program(carry, *inputs), own, temporaries)
+    program = jax.jit(step, donate_argnums=0).lower(carry, *inputs).compile()
+    own = jax.tree.map(lambda leaf: leaf.copy(), carry)
+    return Candidate(lambda carry: program(carry, *inputs), own, _temporaries(program))
 
-    def again(carry):
-        jax.block_until_ready(program(carry, *inputs))
-        return carry
 
-    return Candidate(again, carry, temporaries)
+def repeated(function: Callable[..., Any], *inputs: Any) -> Candidate:
+    """Compiles ``function(*inputs)``, the same in every call; the last carry is its result."""
+    program = jax.jit(function).lower(*inputs).compile()
+    return Candidate(lambda _: program(*inputs), None, _temporaries(program))
 
 
 def interleave(
@@ -74,14 +73,14 @@ def interleave(
 
     Args:
       candidates: what to compare, by name.
-      rounds: how often; two more come before, untimed.
+      rounds: how often; fewer where that would last longer than ``MOST``.
 
     Returns:
       By name, the seconds of a step in each round, shape=[rounds], and the last carry.
     """
     carries = {name: candidate.carry for name, candidate in candidates.items()}
 
-    def timed(name: str, steps: int) -> float:
+    def timed(name: str, steps: int = 1) -> float:
         step, carry = candidates[name].step, carries.pop(name)
         began = time.perf_counter()
         for _ in range(steps):
@@ -91,10 +90,13 @@ def interleave(
         carries[name] = carry
         return elapsed / steps
 
-    for name in candidates:
-        timed(name, 1)
-    fastest = min(timed(name, 1) for name in candidates)
-    steps = min(100, math.ceil(LEAST / fastest))
+    def warmed_up(name: str) -> float:
+        first = timed(name)
+        return first if first > 1 else timed(name)
+
+    once = [warmed_up(name) for name in candidates]
+    steps = max(1, min(100, math.ceil(LEAST / min(once))))
+    rounds = min(rounds, max(3, int(MOST / (steps * sum(once)))))
     seconds = {name: np.zeros(rounds) for name in candidates}
     for i in range(rounds):
         for name in list(candidates)[:: 1 if i % 2 == 0 else -1]:
@@ -133,5 +135,10 @@ def compare(
     return Row(
         benchmark, ours, against, speedup, float(median), (float(low), float(high)), must, goal,
         1e3 * float(np.median(seconds[ours])), 1e3 * float(np.median(seconds[against])),
-        candidates[ours].temporaries, candidates[against].temporaries,
+        candidates[ours].temporaries, candidates[against].temporaries, len(seconds[ours]),
     )
+
+
+def _temporaries(program: Any) -> int | None:
+    memory = program.memory_analysis()
+    return None if memory is None else int(memory.temp_size_in_bytes)

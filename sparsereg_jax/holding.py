@@ -40,10 +40,10 @@ def hold_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
     ``optax.apply_if_finite``, ``flax.training.train_state.TrainState`` or ``nnx.Optimizer``. What
     changes weights behind it (an average of the weights, a lookahead) is not held.
 
-    Entry-wise moments of a pruned entry are zeroed by :func:`prune` and stay 0, those with a leading
-    memory axis (of ``optax.lbfgs``) included. Of optax's own optimizers these keep other state too,
-    in which a pruned entry cannot be told apart or does not rest at 0; its weight is held all the
-    same:
+    Entry-wise moments of a pruned entry are zeroed by :func:`prune` and stay 0, those with a
+    leading memory axis (of ``optax.lbfgs``) included. Of optax's own optimizers these keep other
+    state too, in which a pruned entry cannot be told apart or does not rest at 0; its weight is
+    held all the same:
 
     =================  ==========================================================================
     adabelief          second moment rests at ``eps_root``
@@ -133,8 +133,8 @@ def prune(
     check_pruning_mask(params, pruning_mask)
     if not _holders(opt_state):
         raise ValueError(
-            "prune: the optimizer state holds no pruning mask, so the next update would bring pruned"
-            " weights back. Wrap the optimizer before `init`: tx = hold_zeros(tx)."
+            "prune: the optimizer state holds no pruning mask, so the next update would bring"
+            " pruned weights back. Wrap the optimizer before `init`: tx = hold_zeros(tx)."
         )
     # nnx.Optimizer boxes the leaves of its state; unboxed it has the structure that `init` gives.
     leaves, boxed = jax.tree.flatten(opt_state)
@@ -172,8 +172,8 @@ def held_mask(params: PyTree, opt_state: optax.OptState) -> PyTree:
     holders = _holders(opt_state)
     if not holders:
         raise ValueError(
-            "held_mask: the optimizer state holds no pruning mask. Wrap the optimizer before `init`:"
-            " tx = hold_zeros(tx)."
+            "held_mask: the optimizer state holds no pruning mask. Wrap the optimizer before"
+            " `init`: tx = hold_zeros(tx)."
         )
     held = {}
     for holder in holders:
@@ -184,7 +184,8 @@ def held_mask(params: PyTree, opt_state: optax.OptState) -> PyTree:
 
 def _kept(pruning_mask: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(
-        lambda leaf, keep: leaf if leaf is None or not is_float(leaf) else _kept_or_zero(leaf, keep),
+        lambda leaf, keep: leaf if leaf is None or not is_float(leaf)
+        else _kept_or_zero(leaf, keep),
         tree, pruning_mask, is_leaf=lambda leaf: leaf is None,
     )
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import thresholds
 from .selection import Mask, PyTree, by_path, is_float, leaf_path, resolve_mask, weights
@@ -394,7 +395,7 @@ def check_pruning_mask(params: PyTree, pruning_mask: PyTree) -> None:
     for (kp, leaf), keep in zip(jax.tree_util.tree_leaves_with_path(params),
                                 jax.tree.leaves(pruning_mask), strict=True):
         dtype = getattr(keep, "dtype", type(keep).__name__)
-        if dtype != bool or jnp.shape(keep) != _mask_shape(leaf):
+        if dtype != np.bool_ or jnp.shape(keep) != _mask_shape(leaf):
             raise ValueError(
                 f"pruning_mask: the leaf at {leaf_path(kp)!r} is {dtype} of shape"
                 f" {jnp.shape(keep)}, not bool of shape {_mask_shape(leaf)}."
@@ -592,6 +593,8 @@ def unpack_mask(packed: PyTree, like: PyTree) -> PyTree:
                 f"packed: the leaf at {leaf_path(path)!r} has shape {jnp.shape(bits)}, not"
                 f" {expected}. Pack a mask of these parameters."
             )
+        if not math.prod(shape):
+            return jnp.zeros(shape, bool)
         keep = jnp.unpackbits(bits, axis=-1, count=shape[-1] if shape else 1)
         return keep.reshape(shape).astype(bool)
 
@@ -722,7 +725,8 @@ def _mask_tiles(
                   for leaf, tile in zip(leaves, tiles, strict=True)]
         refined = _to_sparsity([score for score, _ in scores], [alive for _, alive in scores],
                                labels, sparsity, floors, exact_ties)
-        return [_spread(alive, keep, leaf.shape, tile)
+        # And with what remains, the mask is sharded like the leaf even where nothing was out yet.
+        return [_spread(alive, _full(leaf) if keep is None else keep, tile=tile)
                 for alive, keep, leaf, tile in zip(refined, keeps, leaves, tiles, strict=True)]
 
     return _refine(params, pruning_mask, mask, rule)
@@ -737,9 +741,9 @@ def _tile_scores(
     if keep is not None:
         size = jnp.where(keep, size, jnp.zeros((), size.dtype))
     size, axes = _tiled(size, tile)
-    peak = jnp.max(size, axis=axes, keepdims=True, initial=0)
-    # Scaled by the largest, squares neither overflow nor vanish.
-    scale = jnp.where((peak > 0) & (peak < jnp.inf), peak, jnp.ones_like(peak))
+    # Scaled by the largest, squares neither overflow nor vanish; within bounds, nor does 1 / scale.
+    limit = 2.0 ** (jnp.finfo(size.dtype).maxexp * 3 // 4)
+    scale = jnp.clip(jnp.max(size, axis=axes, keepdims=True, initial=0), 1 / limit, limit)
     square = jnp.sum(jnp.square(size / scale), axis=axes)
     if mean:
         square /= max(math.prod(size.shape[axis] for axis in axes), 1)
@@ -756,17 +760,14 @@ def _tiled(x: Array, tile: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
     return x.reshape([n for pair in pairs for n in pair]), tuple(range(1, 2 * len(tile), 2))
 
 
-@partial(jax.jit, static_argnames=("shape", "tile"))
-def _spread(
-    alive: Array, keep: Array | None, shape: tuple[int, ...], tile: tuple[int, ...]
-) -> Array:
+@partial(jax.jit, static_argnames="tile")
+def _spread(alive: Array, keep: Array, tile: tuple[int, ...]) -> Array:
     """From one flag a tile to one an entry."""
     pairs = list(zip(alive.shape, tile, strict=True))
     stays = jnp.expand_dims(alive, tuple(range(1, 2 * len(tile), 2)))
     stays = jnp.broadcast_to(stays, [n for pair in pairs for n in pair])
     stays = stays.reshape([count * edge for count, edge in pairs])
-    stays = stays[tuple(slice(length) for length in shape)]
-    return stays if keep is None else keep & stays
+    return keep & stays[tuple(slice(length) for length in keep.shape)]
 
 
 def _full(leaf: Any) -> Array:
@@ -776,7 +777,7 @@ def _full(leaf: Any) -> Array:
 
 def _mask_shape(leaf: Any) -> tuple[int, ...]:
     """The shape of a leaf's mask; the leaf may itself be a mask."""
-    is_mask = getattr(leaf, "dtype", None) == bool
+    is_mask = getattr(leaf, "dtype", None) == np.bool_
     return jnp.shape(leaf) if is_mask or is_float(leaf) else ()
 
 
@@ -876,7 +877,7 @@ def _check_structure(name: str, tree: PyTree, like: PyTree) -> None:
             )
     raise ValueError(
         f"{name}: it has the params' leaves in other containers, {jax.tree.structure(tree)} for"
-        f" {jax.tree.structure(like)}. Make it from these params (full_mask, mask_by_fraction, ...)."
+        f" {jax.tree.structure(like)}. Make it from these params (full_mask, ...)."
     )
 
 

@@ -472,27 +472,31 @@ def _lowest(leaf: Array, keep: Array | None, count: Count) -> Array:
     """Marks the ``count`` remaining entries of least magnitude, by flat index among equals."""
     arrays = (leaf, keep)
     bits = jnp.finfo(leaf.dtype).bits - 1
-    tie = _predecessor(search(lambda a: [_key(*a, None)], arrays, count, bits))
-    left = subtract(count, _scalar(count_true([_key(*arrays, None) < tie])))
+
+    def key_of(a: Any) -> Array:
+        return _key(*a, dtype=None)
+
+    tie = _predecessor(search(lambda a: [key_of(a)], arrays, count, bits))
+    left = subtract(count, _scalar(count_true([key_of(arrays) < tie])))
     ends: list[Array] = []  # the last tie to go: its coordinates, in place of a longer flat index
 
     def tied(a: Any, ends: Sequence[Array]) -> Array:
-        flag = _key(*a, None) == tie
+        flag = key_of(a) == tie
         for axis, end in enumerate(ends):
             flag &= lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) == end
         return flag
 
-    def index_of(a: Any, axis: int, ends: Sequence[Array]) -> Array:
-        return _only(lax.broadcasted_iota(jnp.uint32, leaf.shape, axis), tied(a, ends))
+    def index_of(a: Any, axis: int, ends: Sequence[Array]) -> list[Array]:
+        return [_only(lax.broadcasted_iota(jnp.uint32, leaf.shape, axis), tied(a, ends))]
 
     for axis, length in enumerate(leaf.shape):
-        at = partial(index_of, axis=axis, ends=tuple(ends))
-        end = _predecessor(search(lambda a, at=at: [at(a)], arrays, left, length.bit_length()))
-        left = subtract(left, _scalar(count_true([at(arrays) < end])))
+        index = partial(index_of, axis=axis, ends=tuple(ends))
+        end = _predecessor(search(index, arrays, left, length.bit_length()))
+        left = subtract(left, _scalar(count_true([index(arrays)[0] < end])))
         ends.append(end)
-    marked = _key(*arrays, None) < tie
+    marked = key_of(arrays) < tie
     for axis, end in enumerate(ends):
-        marked |= index_of(arrays, axis, ends[:axis]) < end
+        marked |= index_of(arrays, axis, ends[:axis])[0] < end
     return marked | (tied(arrays, ends) & less(count_of(0), left))
 
 

@@ -20,6 +20,7 @@ import sparsereg_jax as sj
 SPECIAL = {  # arguments other than a learning rate of 0.01
     "adadelta": {"learning_rate": 0.1},
     "adafactor": {"learning_rate": 0.01, "min_dim_size_to_factor": 4},
+    "lars": {"learning_rate": 5.0},  # times a trust ratio of 1e-3
     "lbfgs": {},
     "noisy_sgd": {"learning_rate": 0.01, "key": 0},
     "polyak_sgd": {"max_learning_rate": 0.01},
@@ -208,6 +209,16 @@ def test_all_that_is_not_pruned_is_untouched_by_the_wrapper():
     assert_same(got, want)
     got, _ = _steps(tx, *sj.prune(tx, TREE, tx.init(TREE), MASK), [GRADIENT] * 3)
     assert_same(got, jax.tree.map(lambda w, m: np.where(m, w, 0), want, MASK))
+
+
+def test_a_weight_changed_behind_the_wrapper_comes_back_to_zero():
+    tx = sj.hold_zeros(optax.adam(0.1))
+    _, state = sj.prune(tx, TREE, tx.init(TREE), MASK)
+    params, _ = _steps(tx, TREE, state, [GRADIENT])  # the weights from before the pruning
+    for weight, keep in zip(*map(jax.tree.leaves, (params, MASK)), strict=True):
+        gone = np.asarray(weight)[~np.asarray(keep)]
+        assert (gone == 0).all()
+        assert not np.signbit(gone).any()
 
 
 def test_leaves_without_floats_pass():

@@ -1,6 +1,7 @@
 """What is jitted lowers for cpu, cuda and tpu; a sharded training step is the unsharded one."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def mlp(seed=0):
     rng = np.random.default_rng(seed)
     return {f"layer_{i}": {"kernel": jnp.asarray(rng.normal(size=size), jnp.float32) / 3,
                            "bias": jnp.asarray(rng.normal(size=size[1]), jnp.float32)}
-            for i, size in enumerate(zip(SIZES[:-1], SIZES[1:], strict=True))}
+            for i, size in enumerate(itertools.pairwise(SIZES))}
 
 
 def batch(seed=1):

@@ -196,7 +196,7 @@ def test_nnx_optimizer_selects_the_same_leaves_in_init_and_update():
 
     optimizer = nnx.Optimizer(model, optax.GradientTransformation(init, update), wrt=nnx.Param)
     optimizer.update(model, params)
-    want = dict.fromkeys(selections, {"layer/kernel"})
+    want = {name: {"layer/kernel"} for name in selections}
     assert seen == {"init": [want], "update": [want, want]}
 
 
