@@ -70,8 +70,7 @@ def training_step(
 
     def make(tx):
         def step(carry, inputs, targets):
-            params, state = carry
-            return _apply(tx, params, state, jax.grad(loss)(params, inputs, targets))
+            return _apply(tx, carry, jax.grad(loss)(carry[0], inputs, targets))
         return step
 
     limits = {"coupled": (1.20, 1.05), "decoupled": (1.20, 1.05)}
@@ -87,7 +86,7 @@ def optimizer_step(rounds: int, width: int = 2048, layers: int = 6) -> list[Row]
         1e-2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
 
     def make(tx):
-        return lambda carry, gradients: _apply(tx, *carry, gradients)
+        return lambda carry, gradients: _apply(tx, carry, gradients)
 
     limits = {"coupled": (None, None), "decoupled": (1.20, 1.05)}
     return _rows("optimizer step", make, (gradients,), rounds, params, limits)
@@ -109,7 +108,8 @@ def candidates(
     return runs
 
 
-def _apply(tx, params, state, gradients):
+def _apply(tx, carry, gradients):
+    params, state = carry
     updates, state = tx.update(gradients, state, params)
     return optax.apply_updates(params, updates), state
 

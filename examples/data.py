@@ -84,9 +84,9 @@ def _tfds(name: str, split: str, data_dir: str | Path | None) -> tuple[np.ndarra
     if not (prepared and array_record) and importlib.util.find_spec("tensorflow") is None:
         what = "prepared as ArrayRecord" if prepared else "prepared"
         raise ImportError(
-            f"{name!r} is not {what} in {builder.data_dir}; to prepare it, or to read another format,"
-            " tensorflow-datasets needs TensorFlow once: pip install tensorflow-cpu. Or point"
-            " --data-dir at a copy prepared with file_format='array_record'."
+            f"{name!r} is not {what} in {builder.data_dir}; to prepare it, or to read another"
+            " format, tensorflow-datasets needs TensorFlow once: pip install tensorflow-cpu. Or"
+            " point --data-dir at a copy prepared with file_format='array_record'."
         )
     if not prepared:
         builder.download_and_prepare(file_format="array_record")

@@ -42,10 +42,10 @@ from .pruning import summary as summary
 from .pruning import union as union
 from .pruning import unpack_mask as unpack_mask
 from .selection import by_path as by_path
+from .selection import by_predicate as by_predicate
 from .selection import every_parameter as every_parameter
 from .selection import selection_table as selection_table
 from .selection import weights as weights
-from .selection import by_predicate as by_predicate
 from .shrinkage import DecoupledShrinkageState as DecoupledShrinkageState
 from .shrinkage import SelectiveShrinkageState as SelectiveShrinkageState
 from .shrinkage import add_selective_shrinkage as add_selective_shrinkage

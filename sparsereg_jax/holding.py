@@ -138,7 +138,7 @@ def prune(
         )
     # nnx.Optimizer boxes the leaves of its state; unboxed it has the structure that `init` gives.
     leaves, boxed = jax.tree.flatten(opt_state)
-    plain = jax.tree.structure(jax.eval_shape(tx.init, params))
+    plain: Any = jax.tree.structure(jax.eval_shape(tx.init, params))
     if plain.num_leaves != len(leaves):
         raise ValueError(
             f"prune: opt_state has {len(leaves)} leaves where tx.init(params) gives"
@@ -243,12 +243,13 @@ def _forget(opt_state: PyTree, pruning_mask: PyTree) -> PyTree:
     Such a tree is known by its structure: that of the params, with or without holes. (The
     placeholders of ``optax.tree.map_params`` do not get through ``init`` of lbfgs and sm3.)
     """
-    params_structure, lone = jax.tree.structure(pruning_mask), jax.tree.structure(0)
+    params_structure: Any = jax.tree.structure(pruning_mask)
+    lone: Any = jax.tree.structure(0)
     if params_structure == lone and not jnp.ndim(pruning_mask):
         return opt_state  # it would have the shape of every hyper-parameter
 
     def like_params(node):
-        structure = jax.tree.structure(node, is_leaf=_is_hole)
+        structure: Any = jax.tree.structure(node, is_leaf=_is_hole)
         if structure in (params_structure, lone):
             return structure == params_structure
         try:

@@ -101,8 +101,8 @@ def _relative(gradient: chex.Array, scale: chex.Numeric) -> jax.Array:
 
 
 def _defined(irrelevance: jax.Array, relative: jax.Array, gradient: chex.Array) -> jax.Array:
-    # Outside: beyond what exp can show, an infinite gradient, or the NaN of a NaN gradient or of 0/0
-    # (an all-zero gradient relative to its own scale).
+    # Beyond the limit: what exp cannot show, an infinite gradient, the NaN of a NaN gradient, and
+    # that of 0/0 (an all-zero gradient relative to its own scale).
     limit = jnp.asarray(-jnp.log(jnp.finfo(gradient.dtype).tiny), gradient.dtype)
     zero = (gradient == jnp.zeros((), gradient.dtype)).astype(gradient.dtype)
     return jnp.where(relative < limit, irrelevance, zero)
@@ -111,9 +111,9 @@ def _defined(irrelevance: jax.Array, relative: jax.Array, gradient: chex.Array) 
 def _exp_of_negative(x: jax.Array) -> jax.Array:
     """``exp(-x)`` for 0 <= x < 87, in f32 to 1e-7 by products and bits alone.
 
-    Before Adam three consumers read the sum of gradient and term. XLA's CPU backend recomputes cheap
-    arithmetic in each, but not ``exp``, for which it writes and reads another array the size of the
-    params: 1.7 times the time of the whole optimizer step.
+    Before Adam three consumers read the sum of gradient and term. XLA's CPU backend recomputes
+    cheap arithmetic in each, but not ``exp``, for which it writes and reads another array the size
+    of the params: 1.7 times the time of the whole optimizer step.
     """
     if x.dtype == jnp.float64:
         return jnp.exp(-x)

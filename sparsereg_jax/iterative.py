@@ -106,7 +106,7 @@ Propose = Callable[[Situation], Proposal]
 
 
 class IterativePruning(NamedTuple):
-    """A pair of pure functions, in the manner of an optax transformation, and a test for the end."""
+    """Two functions in the manner of an optax transformation, and a test for the end."""
 
     init: Callable[[TrainState], PruningState]
     step: Callable[[PruningState], tuple[PruningState, Check]]
@@ -118,7 +118,7 @@ class PruningError(ValueError):
     """The loop cannot go on.
 
     Attributes:
-      state: the last sound :class:`PruningState`, before the interval that failed; None in ``init``.
+      state: the last sound :class:`PruningState`, before the failed interval; None in ``init``.
       history: the checks of :func:`run_pruning` so far.
     """
 
@@ -177,14 +177,15 @@ def iterative_pruning(
 
     Returns:
       An :class:`IterativePruning`. ``init(record)`` measures the network and gives the first
-      :class:`PruningState`; ``step(state)`` gives the next one and a :class:`Check`; ``done(state)``
-      says when to stop. ``state.good`` is the record of the sparsest network that met the bound.
+      :class:`PruningState`; ``step(state)`` gives the next one and a :class:`Check`;
+      ``done(state)`` says when to stop. ``state.good`` is the record of the sparsest network that
+      met the bound.
 
     Raises:
       ValueError: an argument is out of range.
-      PruningError: (a ValueError, with the last sound state) in ``init`` or ``step``: no mask in the
-        optimizer state, nothing to prune, a metric that is no finite scalar, a bound that the first
-        network misses, parameters that change structure, pruned entries that came back.
+      PruningError: (a ValueError, with the last sound state) in ``init`` or ``step``: no mask in
+        the optimizer state, nothing to prune, a metric that is no finite scalar, a bound that the
+        first network misses, parameters that change structure, pruned entries that came back.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sparsereg_jax as sj
@@ -238,15 +239,17 @@ def iterative_pruning(
             raise PruningError(f"iterative_pruning: {error}") from error
         if not any(jax.tree.leaves(resolve_mask(mask, record.params))):
             raise PruningError(
-                "iterative_pruning: mask selects no leaf of params, so nothing can be pruned. Without"
-                " a mask, leaves of rank 2 or more are selected; print selection_table(params, mask)."
+                "iterative_pruning: mask selects no leaf of params, so nothing can be pruned."
+                " Without a mask, leaves of rank 2 or more are selected; see"
+                " selection_table(params, mask)."
             )
         dense = _measure(evaluate, record.params)
         lowest = float(bound(dense) if callable(bound) else bound)
         if math.isnan(lowest) or better(lowest, dense):
             raise PruningError(
-                f"iterative_pruning: the network's metric is {dense:g} before any pruning and misses"
-                f" the bound {lowest:g} (mode={mode!r}). Train it further or choose another bound."
+                f"iterative_pruning: the network's metric is {dense:g} before any pruning and"
+                f" misses the bound {lowest:g} (mode={mode!r}). Train it further or choose another"
+                " bound."
             )
         progress = Progress(
             check=0, waited=0, missed=0, worsening=0, retreats=0, stopped=False, bound=lowest,
@@ -517,8 +520,9 @@ def bisection_step(
                 mask=situation.prunable, floor=floor,
             )
             metric = float(situation.evaluate(_apply_jitted(situation.params, trial)))
-            loss = situation.metric - metric if situation.mode == "max" else metric - situation.metric
-            if loss <= allowed:  # False for NaN
+            change = metric - situation.metric
+            worse_by = -change if situation.mode == "max" else change
+            if worse_by <= allowed:  # False for NaN
                 passed, found = share, trial
             else:
                 failed = share
@@ -589,7 +593,7 @@ def check_from_json(line: str) -> Check:
     try:
         return Check(**json.loads(line))
     except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"check_from_json: {line!r} is not a record of a check: {error}") from error
+        raise ValueError(f"check_from_json: not the record of a check: {line!r}: {error}") from None
 
 
 _SETTLED = int(np.iinfo(np.int32).max)
@@ -606,8 +610,10 @@ def _from_arrays(progress: Progress) -> Progress:
 
 
 def _copy(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array | np.ndarray) else leaf,
-                        tree)
+    def copy(leaf):
+        return leaf.copy() if isinstance(leaf, jax.Array | np.ndarray) else leaf
+
+    return jax.tree.map(copy, tree)
 
 
 def _rebuilt(tree: PyTree) -> PyTree:
@@ -619,9 +625,9 @@ def _check_record(record: TrainState) -> None:
     replaceable = hasattr(record, "_replace") or dataclasses.is_dataclass(record)
     if not (replaceable and hasattr(record, "params") and hasattr(record, "opt_state")):
         raise PruningError(
-            f"iterative_pruning: the record is a {type(record).__name__}; it must be a NamedTuple or"
-            " a dataclass with the fields params and opt_state. Give one to init, return one from"
-            " train."
+            f"iterative_pruning: the record is a {type(record).__name__}; it must be a NamedTuple"
+            " or a dataclass with the fields params and opt_state. Give one to init, return one"
+            " from train."
         )
 
 
@@ -635,8 +641,8 @@ def _measure(evaluate: Metric, params: PyTree) -> float:
     value = np.asarray(evaluate(params))
     if value.shape != () or not np.issubdtype(value.dtype, np.number):
         raise PruningError(
-            f"iterative_pruning: evaluate returned shape {value.shape}, dtype {value.dtype}; it must"
-            " return one number."
+            f"iterative_pruning: evaluate returned shape {value.shape}, dtype {value.dtype}; it"
+            " must return one number."
         )
     metric = float(value)
     if not math.isfinite(metric):
@@ -667,10 +673,12 @@ def _violations(params: PyTree, mask: PyTree, mask_before: PyTree) -> PyTree:
 
 
 def _check_held(before: TrainState, after: TrainState) -> None:
-    if jax.tree.structure(before.params) != jax.tree.structure(after.params):
+    structure: Any = jax.tree.structure(before.params)
+    returned: Any = jax.tree.structure(after.params)
+    if structure != returned:
         raise PruningError(
-            "iterative_pruning: train returned params of another structure:"
-            f" {jax.tree.structure(after.params)} instead of {jax.tree.structure(before.params)}."
+            f"iterative_pruning: train returned params of another structure: {returned} instead of"
+            f" {structure}."
         )
     mask_before = held_mask(before.params, before.opt_state)
     try:

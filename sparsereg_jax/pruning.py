@@ -625,8 +625,8 @@ def _refine(
                    [jnp.asarray(flat[i][1]) for i in taken], [keeps[i] for i in taken])
     for i, keep in zip(taken, refined, strict=True):
         keeps[i] = keep
-    return treedef.unflatten(_full(leaf) if keep is None else keep
-                             for (_, leaf), keep in zip(flat, keeps, strict=True))
+    return jax.tree.unflatten(treedef, [_full(leaf) if keep is None else keep
+                                        for (_, leaf), keep in zip(flat, keeps, strict=True)])
 
 
 def _to_sparsity(

@@ -28,9 +28,11 @@ PyTree = Any
 class SelectiveShrinkageState(NamedTuple):
     """State of the shrinkage term, wherever it stands."""
 
-    count: jax.Array  # shape=(), dtype=int32: steps since the last pruning, or since the start
-    gradient_rms: PyTree  # running rms of each leaf's gradient, shape=(), 0 before the first;
-    #   EmptyState() when alpha is absolute
+    # shape=(), dtype=int32: optimizer steps since the last pruning, or since the start
+    count: jax.Array  # type: ignore[assignment]
+    # running rms of each leaf's gradient, shape=(), dtype=float32 or the leaf's if wider, 0 before
+    # the first; EmptyState() where alpha is absolute
+    gradient_rms: PyTree
 
 
 class DecoupledShrinkageState(NamedTuple):

@@ -474,7 +474,8 @@ def _lowest(leaf: Array, keep: Array | None, count: Count) -> Array:
     bits = jnp.finfo(leaf.dtype).bits - 1
 
     def key_of(a: Any) -> Array:
-        return _key(*a, dtype=None)
+        leaf, keep = a
+        return _key(leaf, keep, dtype=None)
 
     tie = _predecessor(search(lambda a: [key_of(a)], arrays, count, bits))
     left = subtract(count, _scalar(count_true([key_of(arrays) < tie])))

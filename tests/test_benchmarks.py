@@ -140,7 +140,7 @@ def test_with_constant_irrelevance_both_sides_compute_the_same(form):
     gradients = jax.tree.map(lambda leaf: jnp.cos(leaf), params)
 
     def make(tx):
-        return lambda carry, gradients: steps._apply(tx, *carry, gradients)
+        return lambda carry, gradients: steps._apply(tx, carry, gradients)
 
     runs = steps.candidates(make, pair, (gradients,), params)
     assert list(runs) == [*pair, list(pair)[1] + steps.HELD]

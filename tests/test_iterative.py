@@ -92,8 +92,8 @@ def test_goes_back_and_tries_a_smaller_step():
         loop(tx, propose=sj.fraction_step(0.4), recovery=2, back_off=0.5, smallest_scale=0.2),
         start(tx))
     actions = [check.action for check in history]
-    # 20 -> 12 weights (9..20, 174/210) -> 7 (14..20, 119/210) -> 4 (too few), two checks, back to 7;
-    # scale 1/2: round(0.2 * 7) = 1 -> 6 (105/210 = the bound) -> 5 (too few), two checks, back to 6;
+    # 20 -> 12 weights (9..20, 174/210) -> 7 (14..20, 119/210) -> 4, too few, two checks, back to 7;
+    # scale 1/2: round(0.2 * 7) = 1 -> 6 (105/210 = the bound) -> 5, too few, two checks, back to 6;
     # scale 1/4: round(0.1 * 6) = 1 -> 5 again, two checks, back to 6, and 1/8 is too small.
     assert actions == ["pruned", "pruned", "pruned", "trains on", "went back", "pruned",
                        "trains on", "went back", "trains on", "went back"]
@@ -187,7 +187,7 @@ def test_shrinkage_restarts_at_each_pruning_and_adam_goes_on():
     state = pruning.init(start(tx))
     for check in range(1, 4):
         state, _ = pruning.step(state)
-        shrinkage, adam = state.current.opt_state.inner_state[0], state.current.opt_state.inner_state[1]
+        shrinkage, adam = state.current.opt_state.inner_state
         assert shrinkage.count == 0
         assert adam[0].count == 3 * check
 
@@ -384,7 +384,7 @@ def test_records():
     assert check.sparsity_by_path == {"bias": 0.0, "w": pytest.approx(0.1)}
     assert check.seconds > 0
     assert json.loads(sj.check_to_json(check))["met_bound"] is True
-    with pytest.raises(ValueError, match="not a record"):
+    with pytest.raises(ValueError, match="not the record"):
         sj.check_from_json('{"check": 1}')
 
 
@@ -405,7 +405,8 @@ def test_fine_tune_keeps_zeros_and_the_best():
     moves = iter([1.0, 5.0, -20.0])
 
     def tune(record):
-        gradients = jax.tree.map(lambda w, move=next(moves): jnp.full_like(w, -move), record.params)
+        move = next(moves)
+        gradients = jax.tree.map(lambda w: jnp.full_like(w, -move), record.params)
         updates, opt_state = tune_tx.update(gradients, record.opt_state, record.params)
         return record._replace(params=optax.apply_updates(record.params, updates),
                                opt_state=opt_state)

@@ -137,7 +137,8 @@ def test_decoupled_constant_is_adamw():
         params = jax.tree.map(jnp.asarray, tree(0, np.float32))
         state = tx.init(params)
         for t in range(20):
-            updates, state = tx.update(jax.tree.map(jnp.asarray, tree(t, np.float32)), state, params)
+            gradients = jax.tree.map(jnp.asarray, tree(t, np.float32))
+            updates, state = tx.update(gradients, state, params)
             params = optax.apply_updates(params, updates)
         results.append(params)
     for one, other in zip(*map(jax.tree.leaves, results), strict=True):
