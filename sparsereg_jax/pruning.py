@@ -16,7 +16,6 @@ flat index, lowest first. Where a floor cuts a tensor's share, ties there are al
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -93,8 +92,8 @@ def mask_by_sparsity(
 ) -> PyTree:
     """Drops the smallest entries until ``round(sparsity * n)`` of n are out.
 
-    n counts all entries of the selected leaves, those already out included. Rounding is half to
-    even, of the exact product with the binary value of ``sparsity``.
+    n counts all entries of the selected leaves, those already out included. A Python number is
+    multiplied and rounded as Python does; a traced one exactly, and rounded half to even.
 
     Args:
       params: the parameters.
@@ -143,7 +142,8 @@ def mask_by_fraction(
 ) -> PyTree:
     """Drops ``round(fraction * remaining)`` of the remaining entries, the smallest of all leaves.
 
-    Entries already out, and leaves not selected, do not count.
+    Entries already out, and leaves not selected, do not count. A Python number is multiplied and
+    rounded as Python does; a traced one, or one under ``jit``, exactly, and rounded half to even.
 
     Args:
       params: the parameters.
@@ -170,10 +170,10 @@ def mask_by_fraction(
     """
     _check_share("fraction", fraction)
     _check_floor(floor)
-    share = _share(fraction)
 
     def rule(paths: list[str], leaves: list[Array], keeps: Keeps) -> Keeps:
-        plans = _plan(leaves, keeps, _floors([floor] * len(leaves)), exact_ties, fraction=share)
+        plans = _plan(leaves, keeps, _floors([floor] * len(leaves)), exact_ties,
+                      **_amount(fraction, leaves, keeps))
         return _cut(leaves, keeps, plans)
 
     return _refine(params, pruning_mask, mask, rule)
@@ -642,7 +642,7 @@ def _to_sparsity(
         some, kept = [leaves[i] for i in members], [keeps[i] for i in members]
         size = sum(leaf.size for leaf in some)
         if isinstance(sparsity, int | float):
-            zeros = thresholds.count_of(round(Fraction(sparsity) * size))
+            zeros = thresholds.count_of(round(sparsity * size))
         else:
             zeros = thresholds.share_of(jnp.asarray(sparsity), thresholds.count_of(size))
         plans = _plan(some, kept, _floors([floors[i] for i in members]), exact_ties, zeros=zeros)
@@ -806,11 +806,18 @@ def _bound(threshold: float | Array, leaf: Array) -> Array:
     return jnp.asarray(threshold).astype(dtype)
 
 
-def _share(share: float | Array) -> Array | Count:
-    """A Python number in fixed point, so that nothing of it is rounded off."""
-    if isinstance(share, int | float):
-        return thresholds.fixed_point(share)
-    return jnp.asarray(share)
+def _amount(
+    fraction: float | Array, leaves: list[Array], keeps: Keeps
+) -> dict[str, Array | Count]:
+    """A fraction of what remains, as the number of entries to be out where the host can know it."""
+    if not isinstance(fraction, int | float):
+        return {"fraction": jnp.asarray(fraction)}
+    if any(isinstance(array, jax.core.Tracer) for array in (*leaves, *keeps)):
+        return {"fraction": thresholds.fixed_point(fraction)}
+    remaining = sum(leaf.size for leaf, keep in zip(leaves, keeps, strict=True) if keep is None)
+    remaining += count_kept([keep for keep in keeps if keep is not None])
+    size = sum(leaf.size for leaf in leaves)
+    return {"zeros": thresholds.count_of(size - remaining + round(fraction * remaining))}
 
 
 def _floors(floors: list[int]) -> list[Count]:
@@ -865,7 +872,8 @@ def _check_floor(floor: int) -> None:
 
 def _check_structure(name: str, tree: PyTree, like: PyTree) -> None:
     """Raises at the first path at which a tree's structure is not that of ``like``."""
-    if jax.tree.structure(tree) == jax.tree.structure(like):
+    structure: Any = jax.tree.structure(tree)
+    if structure == jax.tree.structure(like):
         return
     found, wanted = ([leaf_path(kp) for kp, _ in jax.tree_util.tree_leaves_with_path(t)]
                      for t in (tree, like))

@@ -178,7 +178,7 @@ def test_sparsity_is_exact_and_global():
     given = None
     for share in (0.0, 0.1, 1 / 3, 0.3, 0.9, 0.99):  # 0.3 below 1/3: nothing more goes
         mask = mask_by_sparsity(params, share, pruning_mask=given)
-        goal = max(round(Fraction(share) * 2200), sum(out(given)) if given else 0)
+        goal = max(round(share * 2200), sum(out(given)) if given else 0)
         kept = np.concatenate([np.ravel(mask[k]) for k in "ab"])
         np.testing.assert_array_equal(kept, values > np.sort(np.append(values, -1))[goal])
         assert out(mask["c"]) == [0]
@@ -209,17 +209,33 @@ def test_fraction_is_of_what_remains():
         values = np.abs(np.concatenate([np.ravel(params[k]) for k in "ab"]))
         values = values[np.concatenate([np.ravel(mask[k]) for k in "ab"])]
         mask = mask_by_fraction(params, fraction, pruning_mask=mask)
-        drop = round(Fraction(float(fraction)) * remaining)
+        if not isinstance(fraction, float):
+            fraction = Fraction(float(fraction))
+        drop = round(fraction * remaining)
         remaining -= drop
         kept = np.concatenate([np.ravel(jnp.where(mask[k], jnp.abs(params[k]), -1)) for k in "ab"])
         np.testing.assert_array_equal(np.sort(kept[kept >= 0]), np.sort(values)[drop:])
     assert count_kept(mask) == remaining
 
 
+def test_python_numbers_round_as_in_python_and_traced_ones_exactly():
+    params = {"w": jnp.arange(1.0, 11.0)[None]}
+    half = mask_by_sparsity(params, 0.5)
+    for share in (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85):
+        assert out(mask_by_sparsity(params, share, floor=0)) == [round(share * 10)]
+        assert out(mask_by_fraction(params, share, floor=0)) == [round(share * 10)]
+        after = mask_by_fraction(params, share, pruning_mask=half, floor=0)
+        assert out(after) == [5 + round(share * 5)]
+        jitted = jax.jit(mask_by_fraction, static_argnums=1)(params, share)
+        assert out(jitted) == [round(Fraction(share) * 10)]
+        traced = jax.jit(mask_by_fraction)(params, jnp.float32(share))
+        assert out(traced) == [round(Fraction(float(np.float32(share))) * 10)]
+
+
 def test_floors():
     params = {"small": jnp.full((3, 3), 1e-3).at[0, 0].set(1e-2), "large": normal(0, 20, 20) + 9}
     mask = mask_by_sparsity(params, 0.5)
-    assert count_kept(mask) == 409 - round(Fraction(0.5) * 409)
+    assert count_kept(mask) == 409 - round(0.5 * 409)
     assert mask["small"].tolist() == [[True, False, False], [False] * 3, [False] * 3]
     assert count_kept(mask_by_sparsity(params, 0.5, floor=5)["small"]) == 5
     assert count_kept(mask_by_sparsity(params, 0.5, floor=0)["small"]) == 0
