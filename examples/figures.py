@@ -31,10 +31,13 @@ def _curve(axes, history, bound):
     axes.plot(compression[met], accuracy[met], ".", color="C0", markersize=4, label="met the bound")
     axes.plot(compression[~met], accuracy[~met], "x", color="C3", markersize=4, label="missed it")
     axes.set_xscale("log")
-    axes.set_xlabel("all parameters / kept parameters")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.set_xlabel("compression: all parameters / kept parameters")
     axes.set_ylabel("validation accuracy at each check, %")
-    axes.set_ylim(max(0, 100 * bound - 6), 100.1)
-    axes.legend(loc="lower left", frameon=False)
+    # A first check after a large pruning may lie far below; the neighbourhood of the bound matters.
+    lowest, highest = np.quantile(accuracy, 0.02), accuracy.max()
+    axes.set_ylim(lowest - 0.1, highest + 0.1)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
 
 
 def _histogram(axes, dense, sparse):
