@@ -38,5 +38,7 @@ def measure(rounds: int, images: int = 55_000, batch: int = 100) -> list[Row]:
             record = record._replace(params=pruned, opt_state=state)
         runs[name] = Candidate(trainer.trainer(model.apply, tx, noise, batch, steps), record)
     seconds, _ = interleave(runs, rounds)
-    return [compare("LeNet-300-100 epoch", runs, seconds, name, "adam", must=1.10)
-            for name in list(runs)[1:]]
+    return [
+        compare("LeNet-300-100 epoch", runs, seconds, name, "adam", must=1.10)
+        for name in list(runs)[1:]
+    ]

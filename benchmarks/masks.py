@@ -32,6 +32,7 @@ def model(width: int = 2048, depth: int = 6) -> PyTree:
 
 def sort_tensor(params: PyTree) -> PyTree:
     """Masks per tensor from a sort of each tensor's magnitudes."""
+
     def mask(leaf: jax.Array) -> jax.Array:
         magnitude = jnp.abs(leaf)
         last = jnp.sort(magnitude.ravel())[round(SPARSITY * leaf.size) - 1]
@@ -79,6 +80,9 @@ def measure(rounds: int, width: int = 2048, depth: int = 6) -> list[Row]:
         equal = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), masks[ours], masks[against])
         if not all(jax.tree.leaves(equal)):
             raise AssertionError(f"{name}: counting and sorting disagree")
-        rows.append(compare("exact masks at 80 %", runs, seconds, ours, against,
-                            speedup=True, must=10, goal=20))
+        rows.append(
+            compare(
+                "exact masks at 80 %", runs, seconds, ours, against, speedup=True, must=10, goal=20
+            )
+        )
     return rows

@@ -32,8 +32,17 @@ from rich.table import Table
 from . import lenet_epoch, masks, steps
 from .timing import Row
 
-COLUMNS = ("benchmark", "ours", "against", "ratio", "quartiles", "must", "goal", "ms",
-           "temporaries, MiB")
+COLUMNS = (
+    "benchmark",
+    "ours",
+    "against",
+    "ratio",
+    "quartiles",
+    "must",
+    "goal",
+    "ms",
+    "temporaries, MiB",
+)
 
 
 def measure(rounds: int) -> list[Row]:
@@ -63,14 +72,20 @@ def cells(row: Row, milliseconds: bool) -> list[str]:
             return "-"
         return f"{ours:.{digits}f} / {theirs:.{digits}f}"
 
-    mebibytes, against = (None if size is None else size / 2**20
-                          for size in (row.temporaries, row.against_temporaries))
+    mebibytes, against = (
+        None if size is None else size / 2**20
+        for size in (row.temporaries, row.against_temporaries)
+    )
     digits = 1 if row.speedup else 2
     low, high = row.quartiles
     return [
-        row.benchmark, row.ours, row.against,
+        row.benchmark,
+        row.ours,
+        row.against,
         f"{row.ratio:.{digits}f}" + (" times faster" if row.speedup else ""),
-        f"{low:.{digits}f} to {high:.{digits}f}", limit(row.must), limit(row.goal),
+        f"{low:.{digits}f} to {high:.{digits}f}",
+        limit(row.must),
+        limit(row.goal),
         pair(row.milliseconds, row.against_milliseconds, 2) if milliseconds else "",
         pair(mebibytes, against, 1),
     ]
@@ -114,12 +129,16 @@ def markdown(rows: list[Row], milliseconds: bool) -> str:
 def hardware() -> dict[str, Any]:
     """Where and with what this runs."""
     return {
-        "device": jax.devices()[0].device_kind, "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package)
-                     for package in ("jax", "jaxlib", "optax", "flax", "numpy")},
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("jax", "jaxlib", "optax", "flax", "numpy")
+        },
         "date": datetime.date.today().isoformat(),
     }
 

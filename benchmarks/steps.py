@@ -28,13 +28,15 @@ def optimizers(
     return {
         "coupled": {
             "add_decayed_weights + adam": optax.chain(
-                optax.add_decayed_weights(STRENGTH), optax.adam(1e-3)),
+                optax.add_decayed_weights(STRENGTH), optax.adam(1e-3)
+            ),
             "selective_adam": sj.selective_adam(1e-3, strength=STRENGTH, irrelevance=irrelevance),
         },
         "decoupled": {
             "adamw": optax.adamw(1e-3, weight_decay=STRENGTH),
             "selective_adamw": sj.selective_adamw(
-                1e-3, strength=STRENGTH, irrelevance=irrelevance, alpha=1.0),
+                1e-3, strength=STRENGTH, irrelevance=irrelevance, alpha=1.0
+            ),
         },
     }
 
@@ -61,9 +63,7 @@ def loss(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(hidden - targets))
 
 
-def training_step(
-    rounds: int, width: int = 2048, layers: int = 6, batch: int = 128
-) -> list[Row]:
+def training_step(rounds: int, width: int = 2048, layers: int = 6, batch: int = 128) -> list[Row]:
     """Times whole steps: loss, gradient, optimizer."""
     keys = jax.random.split(jax.random.key(1))
     inputs, targets = (jax.random.normal(key, (batch, width)) for key in keys)
@@ -71,6 +71,7 @@ def training_step(
     def make(tx):
         def step(carry, inputs, targets):
             return _apply(tx, carry, jax.grad(loss)(carry[0], inputs, targets))
+
         return step
 
     limits = {"coupled": (1.20, 1.05), "decoupled": (1.20, 1.05)}
@@ -82,8 +83,10 @@ def optimizer_step(rounds: int, width: int = 2048, layers: int = 6) -> list[Row]
     params = network(width, layers)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    gradients = jax.tree.unflatten(structure, [
-        1e-2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+    gradients = jax.tree.unflatten(
+        structure,
+        [1e-2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)],
+    )
 
     def make(tx):
         return lambda carry, gradients: _apply(tx, carry, gradients)
@@ -100,8 +103,9 @@ def candidates(
 ) -> dict[str, Candidate]:
     """Compiles a baseline, ours, and ours with nine weights of ten pruned."""
     ours = list(pair)[1]
-    runs = {name: compiled(make(tx), (params, tx.init(params)), *inputs)
-            for name, tx in pair.items()}
+    runs = {
+        name: compiled(make(tx), (params, tx.init(params)), *inputs) for name, tx in pair.items()
+    }
     held = sj.hold_zeros(pair[ours])
     pruned = sj.prune(held, params, held.init(params), sj.mask_by_sparsity(params, 0.9))
     runs[ours + HELD] = compiled(make(held), pruned, *inputs)
@@ -124,6 +128,8 @@ def _rows(benchmark, make, inputs, rounds, params, limits):
             if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(last)):
                 raise FloatingPointError(f"{benchmark}: {name} diverged; its time says nothing.")
         must, goal = limits[form]
-        rows += [compare(benchmark, runs, seconds, name, baseline, must=must, goal=goal)
-                 for name in (ours, ours + HELD)]
+        rows += [
+            compare(benchmark, runs, seconds, name, baseline, must=must, goal=goal)
+            for name in (ours, ours + HELD)
+        ]
     return rows

@@ -133,9 +133,19 @@ def compare(
     above, below = (against, ours) if speedup else (ours, against)
     low, median, high = np.quantile(seconds[above] / seconds[below], (0.25, 0.5, 0.75))
     return Row(
-        benchmark, ours, against, speedup, float(median), (float(low), float(high)), must, goal,
-        1e3 * float(np.median(seconds[ours])), 1e3 * float(np.median(seconds[against])),
-        candidates[ours].temporaries, candidates[against].temporaries, len(seconds[ours]),
+        benchmark,
+        ours,
+        against,
+        speedup,
+        float(median),
+        (float(low), float(high)),
+        must,
+        goal,
+        1e3 * float(np.median(seconds[ours])),
+        1e3 * float(np.median(seconds[against])),
+        candidates[ours].temporaries,
+        candidates[against].temporaries,
+        len(seconds[ours]),
     )
 
 

@@ -10,7 +10,12 @@ import sparsereg_jax as sj
 
 
 def report(
-    title: str, history: list[sj.Check], bound: float, dense: Any, sparse: Any, mask: Any,
+    title: str,
+    history: list[sj.Check],
+    bound: float,
+    dense: Any,
+    sparse: Any,
+    mask: Any,
     image_shape: tuple[int, ...],
 ) -> Figure:
     """The trade-off curve, the magnitudes before and after, and the first layer's kept weights."""
@@ -31,7 +36,7 @@ def _curve(axes, history, bound):
     axes.plot(compression[met], accuracy[met], ".", color="C0", markersize=4, label="met the bound")
     axes.plot(compression[~met], accuracy[~met], "x", color="C3", markersize=4, label="missed it")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_xlabel("compression: all parameters / kept parameters")
     axes.set_ylabel("validation accuracy at each check, %")
     # A first check after a large pruning may lie far below; the neighbourhood of the bound matters.

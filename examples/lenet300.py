@@ -41,12 +41,26 @@ METHODS: dict[str, sj.Irrelevance | None] = {
 # Chosen on validation images; a flag of the same name overrides one.
 SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {
-        "dense_epochs": 40, "interval": 55, "fraction": 0.10, "bound": 0.96, "checks": 200,
-        "recovery": 12, "tune_epochs": 20, "learning_rate": 1e-3, "gamma": 1e-3,
+        "dense_epochs": 40,
+        "interval": 55,
+        "fraction": 0.10,
+        "bound": 0.96,
+        "checks": 200,
+        "recovery": 12,
+        "tune_epochs": 20,
+        "learning_rate": 1e-3,
+        "gamma": 1e-3,
     },
     "default": {
-        "dense_epochs": 20, "interval": 250, "fraction": 0.05, "bound": 0.979, "checks": 700,
-        "recovery": 25, "tune_epochs": 20, "learning_rate": 1e-3, "gamma": 1e-3,
+        "dense_epochs": 20,
+        "interval": 250,
+        "fraction": 0.05,
+        "bound": 0.979,
+        "checks": 700,
+        "recovery": 25,
+        "tune_epochs": 20,
+        "learning_rate": 1e-3,
+        "gamma": 1e-3,
     },
 }
 
@@ -74,11 +88,19 @@ def optimizer(
         return sj.hold_zeros(optax.adam(learning_rate))
     strength = sj.paper_strength(gamma, steps_per_epoch)
     return sj.hold_zeros(
-        sj.selective_adam(learning_rate, strength=strength, irrelevance=irrelevance))
+        sj.selective_adam(learning_rate, strength=strength, irrelevance=irrelevance)
+    )
 
 
-def run(splits: data.Splits, method: str, seed: int, settings: dict[str, Any], out: Path,
-        name: str, progress_bar: bool = True) -> dict[str, Any]:
+def run(
+    splits: data.Splits,
+    method: str,
+    seed: int,
+    settings: dict[str, Any],
+    out: Path,
+    name: str,
+    progress_bar: bool = True,
+) -> dict[str, Any]:
     """Trains, prunes and tunes one network; writes its record and its picture."""
     began = time.perf_counter()
     model = LeNet300(splits.classes)
@@ -98,9 +120,15 @@ def run(splits: data.Splits, method: str, seed: int, settings: dict[str, Any], o
     tx = optimizer(method, settings["learning_rate"], settings["gamma"], epoch)
     train = trainer.trainer(model.apply, tx, splits.train, batch, settings["interval"])
     pruning = sj.iterative_pruning(
-        tx, train, evaluate, sj.fraction_step(settings["fraction"]), settings["bound"],
-        max_checks=settings["checks"], steps_per_check=settings["interval"],
-        mask=sj.every_parameter, recovery=settings["recovery"],
+        tx,
+        train,
+        evaluate,
+        sj.fraction_step(settings["fraction"]),
+        settings["bound"],
+        max_checks=settings["checks"],
+        steps_per_check=settings["interval"],
+        mask=sj.every_parameter,
+        recovery=settings["recovery"],
     )
     state = pruning.init(record._replace(opt_state=tx.init(dense)))
     state, history = sj.run_pruning(pruning, state, progress_bar=progress_bar)
@@ -109,31 +137,46 @@ def run(splits: data.Splits, method: str, seed: int, settings: dict[str, Any], o
     tune_tx = sj.hold_zeros(optax.adam(optax.cosine_decay_schedule(1e-3, max(1, steps))))
     tune = trainer.trainer(model.apply, tune_tx, splits.train, batch, epoch)
     tuned, validation = sj.fine_tune(
-        state.good, tune_tx, tune, evaluate, intervals=settings["tune_epochs"])
+        state.good, tune_tx, tune, evaluate, intervals=settings["tune_epochs"]
+    )
 
     mask = sj.held_mask(tuned.params, tuned.opt_state)
     layers = sj.summary(tuned.params, mask)
     size, kept = sum(layer.size for layer in layers), sum(layer.kept for layer in layers)
     result = {
-        "experiment": f"lenet300-{name}", "method": method, "seed": seed, "settings": settings,
-        "sparsity": 1 - kept / size, "parameters": size, "kept": kept, "compression": size / kept,
-        "dense_validation_accuracy": float(evaluate(dense)), "validation_accuracy": validation,
+        "experiment": f"lenet300-{name}",
+        "method": method,
+        "seed": seed,
+        "settings": settings,
+        "sparsity": 1 - kept / size,
+        "parameters": size,
+        "kept": kept,
+        "compression": size / kept,
+        "dense_validation_accuracy": float(evaluate(dense)),
+        "validation_accuracy": validation,
         "dense_test_error": 100 * (1 - float(test(dense))),
         "test_error": 100 * (1 - float(test(tuned.params))),
         "layers": [layer._asdict() for layer in layers],
-        "checks": len(history), "seconds": time.perf_counter() - began,
-        "device": jax.devices()[0].device_kind, "machine": platform.machine(),
-        "versions": {package: importlib.metadata.version(package)
-                     for package in ("jax", "optax", "flax", "numpy")},
+        "checks": len(history),
+        "seconds": time.perf_counter() - began,
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("jax", "optax", "flax", "numpy")
+        },
         "history": [json.loads(sj.check_to_json(check)) for check in history],
     }
     out.mkdir(parents=True, exist_ok=True)
     stem = f"lenet300-{name}-{method}-seed{seed}"
     (out / f"{stem}.json").write_text(json.dumps(result) + "\n")
-    title = (f"LeNet-300-100, {name}, {method}, seed {seed}: {result['sparsity']:.2%} sparse,"
-             f" test error {result['test_error']:.2f} % ({result['dense_test_error']:.2f} % dense)")
-    picture = figures.report(title, history, settings["bound"], dense, tuned.params, mask,
-                             splits.train.images.shape[1:])
+    title = (
+        f"LeNet-300-100, {name}, {method}, seed {seed}: {result['sparsity']:.2%} sparse,"
+        f" test error {result['test_error']:.2f} % ({result['dense_test_error']:.2f} % dense)"
+    )
+    picture = figures.report(
+        title, history, settings["bound"], dense, tuned.params, mask, splits.train.images.shape[1:]
+    )
     picture.savefig(out / f"{stem}.png")
     return result
 
@@ -146,15 +189,21 @@ def show(console: Console, result: dict[str, Any]) -> None:
     table.add_column("kept", justify="right")
     table.add_column("sparsity", justify="right")
     for layer in result["layers"]:
-        table.add_row(layer["path"], str(tuple(layer["shape"])), f"{layer['kept']:,}",
-                      f"{layer['sparsity']:.2%}")
+        table.add_row(
+            layer["path"],
+            str(tuple(layer["shape"])),
+            f"{layer['kept']:,}",
+            f"{layer['sparsity']:.2%}",
+        )
     table.add_section()
-    table.add_row("all", f"{result['parameters']:,}", f"{result['kept']:,}",
-                  f"{result['sparsity']:.2%}")
+    table.add_row(
+        "all", f"{result['parameters']:,}", f"{result['kept']:,}", f"{result['sparsity']:.2%}"
+    )
     console.print(table)
     console.print(
         f"test error: dense {result['dense_test_error']:.2f} %, sparse {result['test_error']:.2f} %"
-        f"   compression: {result['compression']:.0f}x   time: {result['seconds']:.0f} s\n")
+        f"   compression: {result['compression']:.0f}x   time: {result['seconds']:.0f} s\n"
+    )
 
 
 def summarize(console: Console, results: list[dict[str, Any]]) -> None:
@@ -168,28 +217,38 @@ def summarize(console: Console, results: list[dict[str, Any]]) -> None:
         def mean(key, runs=runs):
             return float(np.mean([run[key] for run in runs]))
 
-        table.add_row(method, str(len(runs)), f"{mean('sparsity'):.2%}",
-                      f"{mean('test_error'):.2f} %", f"{mean('dense_test_error'):.2f} %",
-                      f"{mean('seconds'):.0f}")
+        table.add_row(
+            method,
+            str(len(runs)),
+            f"{mean('sparsity'):.2%}",
+            f"{mean('test_error'):.2f} %",
+            f"{mean('dense_test_error'):.2f} %",
+            f"{mean('seconds'):.0f}",
+        )
     console.print(table)
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="digits",
-                        help="digits, or a tensorflow-datasets name (default: %(default)s)")
+    parser.add_argument(
+        "--dataset",
+        default="digits",
+        help="digits, or a tensorflow-datasets name (default: %(default)s)",
+    )
     parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its data")
     parser.add_argument("--method", nargs="+", default=["selective"], choices=METHODS)
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("results"))
     for name, value in SETTINGS["default"].items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value),
-                            help=f"digits {SETTINGS['digits'][name]}, others {value}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(value),
+            help=f"digits {SETTINGS['digits'][name]}, others {value}",
+        )
     options = parser.parse_args(arguments)
     settings = dict(SETTINGS.get(options.dataset, SETTINGS["default"]))
-    settings |= {name: value for name in settings
-                 if (value := getattr(options, name)) is not None}
+    settings |= {name: value for name in settings if (value := getattr(options, name)) is not None}
 
     console = Console()
     splits = data.load(options.dataset, options.data_dir)

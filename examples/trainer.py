@@ -23,12 +23,20 @@ class Record(NamedTuple):
 
 def start(params: Any, tx: optax.GradientTransformation, images: int, seed: int) -> Record:
     """A record before the first step, its first epoch about to be shuffled."""
-    return Record(params, tx.init(params), jax.random.key_data(jax.random.key(seed)),
-                  jnp.arange(images, dtype=jnp.int32), jnp.zeros((), jnp.int32))
+    return Record(
+        params,
+        tx.init(params),
+        jax.random.key_data(jax.random.key(seed)),
+        jnp.arange(images, dtype=jnp.int32),
+        jnp.zeros((), jnp.int32),
+    )
 
 
 def trainer(
-    apply: Callable[..., Any], tx: optax.GradientTransformation, data: Images, batch: int,
+    apply: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    data: Images,
+    batch: int,
     steps: int,
 ) -> Callable[[Record], Record]:
     """Makes ``train``: a function from a record to the record ``steps`` steps later."""
@@ -63,7 +71,8 @@ def _interval(apply, tx, batch, steps, record, images, labels):
     def one_step(record, _):
         position = record.step % steps_per_epoch
         key, order = jax.lax.cond(
-            position == 0, shuffle, lambda key, order: (key, order), record.key, record.order)
+            position == 0, shuffle, lambda key, order: (key, order), record.key, record.order
+        )
         rows = jax.lax.dynamic_slice(order, (position * batch,), (batch,))
         gradients = jax.grad(loss)(record.params, images[rows], labels[rows])
         updates, opt_state = tx.update(gradients, record.opt_state, record.params)

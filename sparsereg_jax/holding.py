@@ -78,14 +78,22 @@ def hold_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
-            raise ValueError("hold_zeros: a pruned weight is held by the update -w; call"
-                             " `update(gradients, state, params)`.")
+            raise ValueError(
+                "hold_zeros: a pruned weight is held by the update -w; call"
+                " `update(gradients, state, params)`."
+            )
         gradients = _kept(state.pruning_mask, updates)
         updates, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
         updates = jax.tree.map(
-            lambda update, keep, weight: update if update is None or not is_float(weight)
-            else jnp.where(keep, update, -weight.astype(update.dtype)),
-            updates, state.pruning_mask, params, is_leaf=lambda leaf: leaf is None,
+            lambda update, keep, weight: (
+                update
+                if update is None or not is_float(weight)
+                else jnp.where(keep, update, -weight.astype(update.dtype))
+            ),
+            updates,
+            state.pruning_mask,
+            params,
+            is_leaf=lambda leaf: leaf is None,
         )
         return updates, HoldZerosState(state.pruning_mask, inner_state)
 
@@ -179,14 +187,18 @@ def held_mask(params: PyTree, opt_state: optax.OptState) -> PyTree:
     for holder in holders:
         held.update(_by_path(holder.pruning_mask))
     return jax.tree_util.tree_map_with_path(
-        lambda kp, keep: held.get(leaf_path(kp), keep), full_mask(params))
+        lambda kp, keep: held.get(leaf_path(kp), keep), full_mask(params)
+    )
 
 
 def _kept(pruning_mask: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(
-        lambda leaf, keep: leaf if leaf is None or not is_float(leaf)
-        else _kept_or_zero(leaf, keep),
-        tree, pruning_mask, is_leaf=lambda leaf: leaf is None,
+        lambda leaf, keep: (
+            leaf if leaf is None or not is_float(leaf) else _kept_or_zero(leaf, keep)
+        ),
+        tree,
+        pruning_mask,
+        is_leaf=lambda leaf: leaf is None,
     )
 
 
@@ -200,7 +212,8 @@ def _kept_or_zero(leaf: jax.Array, keep: jax.Array) -> jax.Array:
     bits = jnp.dtype(f"uint{jnp.finfo(leaf.dtype).bits}")
     all_or_none = -keep.astype(bits)
     return jax.lax.bitcast_convert_type(
-        jax.lax.bitcast_convert_type(leaf, bits) & all_or_none, leaf.dtype)
+        jax.lax.bitcast_convert_type(leaf, bits) & all_or_none, leaf.dtype
+    )
 
 
 @_kept_or_zero.defjvp
@@ -261,12 +274,16 @@ def _forget(opt_state: PyTree, pruning_mask: PyTree) -> PyTree:
     def forget(moment, keep):
         if _is_hole(moment) or not is_float(moment):
             return moment
-        if moment.shape[moment.ndim - keep.ndim:] != keep.shape:
+        if moment.shape[moment.ndim - keep.ndim :] != keep.shape:
             return moment
         return jnp.where(keep, moment, jnp.zeros_like(moment))
 
     return jax.tree.map(
-        lambda node: jax.tree.map(forget, node, pruning_mask, is_leaf=_is_hole)
-        if like_params(node) else node,
-        opt_state, is_leaf=like_params,
+        lambda node: (
+            jax.tree.map(forget, node, pruning_mask, is_leaf=_is_hole)
+            if like_params(node)
+            else node
+        ),
+        opt_state,
+        is_leaf=like_params,
     )

@@ -48,9 +48,7 @@ def exponential_irrelevance(
     return _defined(_exp2_of_negative(halvings), halvings, limit)
 
 
-def linear_irrelevance(
-    gradient: chex.Array, weight: chex.Array, scale: chex.Numeric
-) -> jax.Array:
+def linear_irrelevance(gradient: chex.Array, weight: chex.Array, scale: chex.Numeric) -> jax.Array:
     r"""LOBSTER's irrelevance, :math:`I = \max(0, 1 - |g| / \alpha)`.
 
     Args:

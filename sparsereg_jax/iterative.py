@@ -208,8 +208,10 @@ def iterative_pruning(
     if mode not in ("max", "min"):
         raise ValueError(f"iterative_pruning: mode={mode!r} is neither 'max' nor 'min'.")
     if max_checks < 1 or steps_per_check < 1:
-        raise ValueError("iterative_pruning: max_checks and steps_per_check are at least 1, not"
-                         f" {max_checks} and {steps_per_check}.")
+        raise ValueError(
+            "iterative_pruning: max_checks and steps_per_check are at least 1, not"
+            f" {max_checks} and {steps_per_check}."
+        )
     if not 0 < back_off < 1:
         raise ValueError(f"iterative_pruning: back_off={back_off} is outside (0, 1).")
     if not 0 < smallest_scale <= 1:
@@ -225,11 +227,18 @@ def iterative_pruning(
     prune_jitted = jax.jit(functools.partial(prune, tx))
 
     def propose_from(record, metric, waited, retreats) -> Proposal:
-        return propose(Situation(
-            params=record.params, pruning_mask=held_mask(record.params, record.opt_state),
-            prunable=resolve_mask(mask, record.params), metric=metric, waited=waited,
-            scale=back_off**retreats, evaluate=evaluate, mode=mode,
-        ))
+        return propose(
+            Situation(
+                params=record.params,
+                pruning_mask=held_mask(record.params, record.opt_state),
+                prunable=resolve_mask(mask, record.params),
+                metric=metric,
+                waited=waited,
+                scale=back_off**retreats,
+                evaluate=evaluate,
+                mode=mode,
+            )
+        )
 
     def init(record: TrainState) -> PruningState:
         _check_record(record)
@@ -252,8 +261,17 @@ def iterative_pruning(
                 " bound."
             )
         progress = Progress(
-            check=0, waited=0, missed=0, worsening=0, retreats=0, stopped=False, bound=lowest,
-            dense_metric=dense, good_metric=dense, last_metric=dense, best_metric=worst,
+            check=0,
+            waited=0,
+            missed=0,
+            worsening=0,
+            retreats=0,
+            stopped=False,
+            bound=lowest,
+            dense_metric=dense,
+            good_metric=dense,
+            last_metric=dense,
+            best_metric=worst,
         )
         record = _rebuilt(record)
         return PruningState(record, record, _to_arrays(progress))
@@ -295,8 +313,13 @@ def iterative_pruning(
         elif recovery is not None and now.missed >= recovery:
             action, record, retreats = "went back", good, now.retreats + 1
             now = now._replace(
-                retreats=retreats, stopped=back_off**retreats < smallest_scale, waited=0, missed=0,
-                worsening=0, last_metric=now.good_metric, best_metric=now.good_metric,
+                retreats=retreats,
+                stopped=back_off**retreats < smallest_scale,
+                waited=0,
+                missed=0,
+                worsening=0,
+                last_metric=now.good_metric,
+                best_metric=now.good_metric,
             )
             if not now.stopped:
                 proposal = propose_from(record, now.good_metric, _SETTLED, retreats)
@@ -315,10 +338,17 @@ def iterative_pruning(
             now = now._replace(stopped=True)
 
         check = Check(
-            check=now.check, step=now.check * steps_per_check, metric=metric,
-            sparsity=1 - kept / max(1, sum(row.size for row in rows)), kept=kept,
-            met_bound=met_bound, pruned=pruned, stopped=now.stopped, action=action,
-            evaluations=1 + proposal.evaluations, seconds=time.perf_counter() - start,
+            check=now.check,
+            step=now.check * steps_per_check,
+            metric=metric,
+            sparsity=1 - kept / max(1, sum(row.size for row in rows)),
+            kept=kept,
+            met_bound=met_bound,
+            pruned=pruned,
+            stopped=now.stopped,
+            action=action,
+            evaluations=1 + proposal.evaluations,
+            seconds=time.perf_counter() - start,
             sparsity_by_path={row.path: row.sparsity for row in rows},
         )
         return PruningState(record, good, _to_arrays(now)), check
@@ -367,7 +397,8 @@ def run_pruning(
                 on_check(state, check)
             if bar is not None:
                 bar.set_postfix_str(
-                    f"sparsity {check.sparsity:.2%}, metric {check.metric:.4g}, {check.action}")
+                    f"sparsity {check.sparsity:.2%}, metric {check.metric:.4g}, {check.action}"
+                )
                 bar.update()
     except PruningError as error:
         error.history = history
@@ -432,9 +463,7 @@ def fine_tune(
     return best, best_metric
 
 
-def fraction_step(
-    fraction: float, *, floor: int = 1, exact_ties: bool = False
-) -> Propose:
+def fraction_step(fraction: float, *, floor: int = 1, exact_ties: bool = False) -> Propose:
     """The paper's step: prunes a fraction of what remains at every check that meets the bound.
 
     Drops round(fraction * remaining) weights, smallest magnitudes first over all prunable leaves at
@@ -459,10 +488,16 @@ def fraction_step(
         raise ValueError(f"fraction_step: fraction={fraction} is outside (0, 1].")
 
     def propose(situation: Situation) -> Proposal:
-        return Proposal(mask_by_fraction(
-            situation.params, fraction * situation.scale, pruning_mask=situation.pruning_mask,
-            mask=situation.prunable, floor=floor, exact_ties=exact_ties,
-        ))
+        return Proposal(
+            mask_by_fraction(
+                situation.params,
+                fraction * situation.scale,
+                pruning_mask=situation.pruning_mask,
+                mask=situation.prunable,
+                floor=floor,
+                exact_ties=exact_ties,
+            )
+        )
 
     return propose
 
@@ -505,8 +540,10 @@ def bisection_step(
     if not 0 < tolerance < 1:
         raise ValueError(f"bisection_step: tolerance={tolerance} is outside (0, 1).")
     if patience < 0 or evaluations < 1:
-        raise ValueError("bisection_step: patience is at least 0 and evaluations at least 1, not"
-                         f" {patience} and {evaluations}.")
+        raise ValueError(
+            "bisection_step: patience is at least 0 and evaluations at least 1, not"
+            f" {patience} and {evaluations}."
+        )
 
     def propose(situation: Situation) -> Proposal:
         if situation.waited < patience:
@@ -516,8 +553,11 @@ def bisection_step(
         for _ in range(evaluations):
             share = (passed + failed) / 2
             trial = mask_by_fraction(
-                situation.params, share, pruning_mask=situation.pruning_mask,
-                mask=situation.prunable, floor=floor,
+                situation.params,
+                share,
+                pruning_mask=situation.pruning_mask,
+                mask=situation.prunable,
+                floor=floor,
             )
             metric = float(situation.evaluate(_apply_jitted(situation.params, trial)))
             change = metric - situation.metric
@@ -687,7 +727,8 @@ def _check_held(before: TrainState, after: TrainState) -> None:
         raise PruningError(f"iterative_pruning: after an interval of train, {error}") from error
     for (kp, _), (revived, changed) in zip(
         jax.tree_util.tree_leaves_with_path(after.params),
-        _pairs(_violations(after.params, mask, mask_before)), strict=True,
+        _pairs(_violations(after.params, mask, mask_before)),
+        strict=True,
     ):
         if revived or changed:
             raise PruningError(

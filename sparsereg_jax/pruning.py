@@ -50,7 +50,11 @@ def full_mask(params: PyTree) -> PyTree:
 
 
 def mask_by_threshold(
-    params: PyTree, threshold: float | Array, *, pruning_mask: PyTree = None, mask: Mask = weights,
+    params: PyTree,
+    threshold: float | Array,
+    *,
+    pruning_mask: PyTree = None,
+    mask: Mask = weights,
     floor: int = 1,
 ) -> PyTree:
     """Keeps the entries with ``|w| > threshold``, and NaN.
@@ -80,15 +84,23 @@ def mask_by_threshold(
     _check_floor(floor)
 
     def rule(paths: list[str], leaves: list[Array], keeps: Keeps) -> Keeps:
-        return [_cut_below(leaf, keep, thresholds.count_of(floor), _bound(threshold, leaf))
-                for leaf, keep in zip(leaves, keeps, strict=True)]
+        return [
+            _cut_below(leaf, keep, thresholds.count_of(floor), _bound(threshold, leaf))
+            for leaf, keep in zip(leaves, keeps, strict=True)
+        ]
 
     return _refine(params, pruning_mask, mask, rule)
 
 
 def mask_by_sparsity(
-    params: PyTree, sparsity: float | Array, *, scope: Scope = "global",
-    pruning_mask: PyTree = None, mask: Mask = weights, floor: int = 1, exact_ties: bool = False,
+    params: PyTree,
+    sparsity: float | Array,
+    *,
+    scope: Scope = "global",
+    pruning_mask: PyTree = None,
+    mask: Mask = weights,
+    floor: int = 1,
+    exact_ties: bool = False,
 ) -> PyTree:
     """Drops the smallest entries until ``round(sparsity * n)`` of n are out.
 
@@ -137,8 +149,13 @@ def mask_by_sparsity(
 
 
 def mask_by_fraction(
-    params: PyTree, fraction: float | Array, *, pruning_mask: PyTree = None, mask: Mask = weights,
-    floor: int = 1, exact_ties: bool = False,
+    params: PyTree,
+    fraction: float | Array,
+    *,
+    pruning_mask: PyTree = None,
+    mask: Mask = weights,
+    floor: int = 1,
+    exact_ties: bool = False,
 ) -> PyTree:
     """Drops ``round(fraction * remaining)`` of the remaining entries, the smallest of all leaves.
 
@@ -172,15 +189,25 @@ def mask_by_fraction(
     _check_floor(floor)
 
     def rule(paths: list[str], leaves: list[Array], keeps: Keeps) -> Keeps:
-        plans = _plan(leaves, keeps, _floors([floor] * len(leaves)), exact_ties,
-                      **_amount(fraction, leaves, keeps))
+        plans = _plan(
+            leaves,
+            keeps,
+            _floors([floor] * len(leaves)),
+            exact_ties,
+            **_amount(fraction, leaves, keeps),
+        )
         return _cut(leaves, keeps, plans)
 
     return _refine(params, pruning_mask, mask, rule)
 
 
 def mask_n_of_m(
-    params: PyTree, n: int, m: int, *, axis: int = -1, pruning_mask: PyTree = None,
+    params: PyTree,
+    n: int,
+    m: int,
+    *,
+    axis: int = -1,
+    pruning_mask: PyTree = None,
     mask: Mask = weights,
 ) -> PyTree:
     """Keeps the n largest of every m consecutive entries along an axis.
@@ -211,17 +238,24 @@ def mask_n_of_m(
         raise ValueError(f"n, m: {n} of {m}, but 1 <= n <= m is needed.")
 
     def rule(paths: list[str], leaves: list[Array], keeps: Keeps) -> Keeps:
-        axes = [_axis(path, leaf, axis)
-                for path, leaf in zip(paths, leaves, strict=True)]
-        return [_n_of_m(leaf, keep, n, m, a)
-                for leaf, keep, a in zip(leaves, keeps, axes, strict=True)]
+        axes = [_axis(path, leaf, axis) for path, leaf in zip(paths, leaves, strict=True)]
+        return [
+            _n_of_m(leaf, keep, n, m, a) for leaf, keep, a in zip(leaves, keeps, axes, strict=True)
+        ]
 
     return _refine(params, pruning_mask, mask, rule)
 
 
 def mask_blocks(
-    params: PyTree, sparsity: float | Array, block: Sequence[int], *, scope: Scope = "global",
-    pruning_mask: PyTree = None, mask: Mask = weights, floor: int = 1, exact_ties: bool = False,
+    params: PyTree,
+    sparsity: float | Array,
+    block: Sequence[int],
+    *,
+    scope: Scope = "global",
+    pruning_mask: PyTree = None,
+    mask: Mask = weights,
+    floor: int = 1,
+    exact_ties: bool = False,
 ) -> PyTree:
     """Drops whole blocks, those of least L2 norm, until ``round(sparsity * blocks)`` are out.
 
@@ -264,13 +298,21 @@ def mask_blocks(
             )
         return (1,) * (leaf.ndim - len(block)) + block
 
-    return _mask_tiles(params, sparsity, whole, scope, pruning_mask, mask, floor,
-                       exact_ties, mean=False)
+    return _mask_tiles(
+        params, sparsity, whole, scope, pruning_mask, mask, floor, exact_ties, mean=False
+    )
 
 
 def mask_units(
-    params: PyTree, sparsity: float | Array, *, axis: int = -1, scope: Scope = "global",
-    pruning_mask: PyTree = None, mask: Mask = weights, floor: int = 1, exact_ties: bool = False,
+    params: PyTree,
+    sparsity: float | Array,
+    *,
+    axis: int = -1,
+    scope: Scope = "global",
+    pruning_mask: PyTree = None,
+    mask: Mask = weights,
+    floor: int = 1,
+    exact_ties: bool = False,
 ) -> PyTree:
     """Drops whole units, those of least rms weight, until ``round(sparsity * units)`` are out.
 
@@ -299,16 +341,20 @@ def mask_units(
       >>> mask_units({"w": jnp.array([[1.0, 3.0], [1.0, 0.0]])}, 0.5)["w"].tolist()
       [[False, True], [False, True]]
     """
+
     def whole(path: str, leaf: Array) -> tuple[int, ...]:
         unit = _axis(path, leaf, axis)
         return tuple(1 if a == unit else max(length, 1) for a, length in enumerate(leaf.shape))
 
-    return _mask_tiles(params, sparsity, whole, scope, pruning_mask, mask, floor,
-                       exact_ties, mean=True)
+    return _mask_tiles(
+        params, sparsity, whole, scope, pruning_mask, mask, floor, exact_ties, mean=True
+    )
 
 
 def mask_by_rules(
-    params: PyTree, rules: Mapping[str, Callable[..., PyTree] | None], *,
+    params: PyTree,
+    rules: Mapping[str, Callable[..., PyTree] | None],
+    *,
     pruning_mask: PyTree = None,
 ) -> PyTree:
     """Prunes different leaves by different rules, chosen by regular expressions over their paths.
@@ -339,8 +385,10 @@ def mask_by_rules(
     if pruning_mask is None:
         pruning_mask = full_mask(params)
     # All the selections first: they check the rules, empty ones and None included.
-    selections = {pattern: by_path(params, {other: other == pattern for other in rules})
-                  for pattern in rules or {"": None}}
+    selections = {
+        pattern: by_path(params, {other: other == pattern for other in rules})
+        for pattern in rules or {"": None}
+    }
     for pattern, rule in rules.items():
         if rule is not None:
             pruning_mask = rule(params, pruning_mask=pruning_mask, mask=selections[pattern])
@@ -392,8 +440,9 @@ def check_pruning_mask(params: PyTree, pruning_mask: PyTree) -> None:
       >>> check_pruning_mask({"w": jnp.ones(2)}, {"w": jnp.array([True, False])})
     """
     _check_structure("pruning_mask", pruning_mask, params)
-    for (kp, leaf), keep in zip(jax.tree_util.tree_leaves_with_path(params),
-                                jax.tree.leaves(pruning_mask), strict=True):
+    for (kp, leaf), keep in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(pruning_mask), strict=True
+    ):
         dtype = getattr(keep, "dtype", type(keep).__name__)
         if dtype != np.bool_ or jnp.shape(keep) != _mask_shape(leaf):
             raise ValueError(
@@ -469,9 +518,13 @@ def summary(params: PyTree, pruning_mask: PyTree) -> list[SummaryRow]:
       [SummaryRow(path='w', shape=(2, 2), size=4, kept=1, sparsity=0.75)]
     """
     check_pruning_mask(params, pruning_mask)
-    leaves = [(leaf_path(kp), jnp.shape(leaf), keep) for (kp, leaf), keep in
-              zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(pruning_mask),
-                  strict=True) if is_float(leaf)]
+    leaves = [
+        (leaf_path(kp), jnp.shape(leaf), keep)
+        for (kp, leaf), keep in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(pruning_mask), strict=True
+        )
+        if is_float(leaf)
+    ]
     counts = jax.device_get([_kept([keep]) for _, _, keep in leaves])
     rows = []
     for (path, shape, _), count in zip(leaves, counts, strict=True):
@@ -605,7 +658,9 @@ def unpack_mask(packed: PyTree, like: PyTree) -> PyTree:
 
 
 def _refine(
-    params: PyTree, pruning_mask: PyTree, mask: Mask,
+    params: PyTree,
+    pruning_mask: PyTree,
+    mask: Mask,
     rule: Callable[[list[str], list[Array], Keeps], Keeps],
 ) -> PyTree:
     """Puts the masks a rule makes of the selected leaves among those of the others."""
@@ -621,17 +676,29 @@ def _refine(
             f" {[leaf_path(kp) for kp, leaf in flat if is_float(leaf)]}. The default selects float"
             " leaves of two axes or more; mask=every_parameter selects all of them."
         )
-    refined = rule([leaf_path(flat[i][0]) for i in taken],
-                   [jnp.asarray(flat[i][1]) for i in taken], [keeps[i] for i in taken])
+    refined = rule(
+        [leaf_path(flat[i][0]) for i in taken],
+        [jnp.asarray(flat[i][1]) for i in taken],
+        [keeps[i] for i in taken],
+    )
     for i, keep in zip(taken, refined, strict=True):
         keeps[i] = keep
-    return jax.tree.unflatten(treedef, [_full(leaf) if keep is None else keep
-                                        for (_, leaf), keep in zip(flat, keeps, strict=True)])
+    return jax.tree.unflatten(
+        treedef,
+        [
+            _full(leaf) if keep is None else keep
+            for (_, leaf), keep in zip(flat, keeps, strict=True)
+        ],
+    )
 
 
 def _to_sparsity(
-    leaves: list[Array], keeps: Keeps, labels: list[str], sparsity: float | Array,
-    floors: list[int], exact_ties: bool,
+    leaves: list[Array],
+    keeps: Keeps,
+    labels: list[str],
+    sparsity: float | Array,
+    floors: list[int],
+    exact_ties: bool,
 ) -> Keeps:
     """Drops the smallest entries of each group of leaves down to a share."""
     groups: dict[str, list[int]] = {}
@@ -653,8 +720,13 @@ def _to_sparsity(
 
 @partial(jax.jit, static_argnames="exact_ties")
 def _plan(
-    leaves: list[Array], keeps: Keeps, floors: list[Count], exact_ties: bool, *,
-    zeros: Count | None = None, fraction: Array | Count | None = None,
+    leaves: list[Array],
+    keeps: Keeps,
+    floors: list[Count],
+    exact_ties: bool,
+    *,
+    zeros: Count | None = None,
+    fraction: Array | Count | None = None,
 ) -> list[Plan]:
     """Plans for one group: ``zeros`` entries out in all, or a ``fraction`` of what remains."""
     size = thresholds.count_of(sum(leaf.size for leaf in leaves))
@@ -670,8 +742,10 @@ def _plan(
 def _cut(leaves: list[Array], keeps: Keeps, plans: list[Plan]) -> Keeps:
     """Carries out a group's plans, a program a leaf, so that leaves of one shape share one."""
     dtype = thresholds.common_dtype(leaves)
-    return [_cut_leaf(leaf, keep, plan, dtype=dtype)
-            for leaf, keep, plan in zip(leaves, keeps, plans, strict=True)]
+    return [
+        _cut_leaf(leaf, keep, plan, dtype=dtype)
+        for leaf, keep, plan in zip(leaves, keeps, plans, strict=True)
+    ]
 
 
 _cut_leaf = jax.jit(thresholds.cut, static_argnames="dtype")
@@ -692,7 +766,7 @@ def _n_of_m(leaf: Array, keep: Array | None, n: int, m: int, axis: int) -> Array
     length = leaf.shape[axis]
     groups, ragged = -(-length // m), length % m
     key = jnp.pad(key, [(0, groups * m - length if a == axis else 0) for a in range(key.ndim)])
-    key = key.reshape(*leaf.shape[:axis], groups, m, *leaf.shape[axis + 1:])
+    key = key.reshape(*leaf.shape[:axis], groups, m, *leaf.shape[axis + 1 :])
     place = jax.lax.broadcasted_iota(jnp.int32, key.shape, axis + 1)
 
     def compare(j: Array | int, larger: Array) -> Array:
@@ -702,14 +776,20 @@ def _n_of_m(leaf: Array, keep: Array | None, n: int, m: int, axis: int) -> Array
     larger = jax.lax.fori_loop(0, m, compare, jnp.zeros(key.shape, jnp.int32), unroll=min(m, 16))
     last = jax.lax.broadcasted_iota(jnp.int32, key.shape, axis) == groups - 1
     stays = (larger < jnp.where(last, -(-(ragged or m) * n // m), n)) & (key > 0)
-    stays = stays.reshape(*leaf.shape[:axis], groups * m, *leaf.shape[axis + 1:])
+    stays = stays.reshape(*leaf.shape[:axis], groups * m, *leaf.shape[axis + 1 :])
     return jax.lax.slice_in_dim(stays, 0, length, axis=axis)
 
 
 def _mask_tiles(
-    params: PyTree, sparsity: float | Array,
-    tile_of: Callable[[str, Array], tuple[int, ...]], scope: Scope, pruning_mask: PyTree,
-    mask: Mask, floor: int, exact_ties: bool, mean: bool,
+    params: PyTree,
+    sparsity: float | Array,
+    tile_of: Callable[[str, Array], tuple[int, ...]],
+    scope: Scope,
+    pruning_mask: PyTree,
+    mask: Mask,
+    floor: int,
+    exact_ties: bool,
+    mean: bool,
 ) -> PyTree:
     """Prunes tiles (blocks, units) like entries, by a score each."""
     _check_share("sparsity", sparsity)
@@ -718,16 +798,32 @@ def _mask_tiles(
     def rule(paths: list[str], leaves: list[Array], keeps: Keeps) -> Keeps:
         labels = _labels(scope, params, paths)
         tiles = [tile_of(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
-        scores = [_tile_scores(leaf, keep, tile, mean)
-                  for leaf, keep, tile in zip(leaves, keeps, tiles, strict=True)]
-        floors = [-(-floor // math.prod(length % edge or edge for length, edge in
-                                        zip(leaf.shape, tile, strict=True)))
-                  for leaf, tile in zip(leaves, tiles, strict=True)]
-        refined = _to_sparsity([score for score, _ in scores], [alive for _, alive in scores],
-                               labels, sparsity, floors, exact_ties)
+        scores = [
+            _tile_scores(leaf, keep, tile, mean)
+            for leaf, keep, tile in zip(leaves, keeps, tiles, strict=True)
+        ]
+        floors = [
+            -(
+                -floor
+                // math.prod(
+                    length % edge or edge for length, edge in zip(leaf.shape, tile, strict=True)
+                )
+            )
+            for leaf, tile in zip(leaves, tiles, strict=True)
+        ]
+        refined = _to_sparsity(
+            [score for score, _ in scores],
+            [alive for _, alive in scores],
+            labels,
+            sparsity,
+            floors,
+            exact_ties,
+        )
         # And with what remains, the mask is sharded like the leaf even where nothing was out yet.
-        return [_spread(alive, _full(leaf) if keep is None else keep, tile=tile)
-                for alive, keep, leaf, tile in zip(refined, keeps, leaves, tiles, strict=True)]
+        return [
+            _spread(alive, _full(leaf) if keep is None else keep, tile=tile)
+            for alive, keep, leaf, tile in zip(refined, keeps, leaves, tiles, strict=True)
+        ]
 
     return _refine(params, pruning_mask, mask, rule)
 
@@ -754,8 +850,13 @@ def _tile_scores(
 def _tiled(x: Array, tile: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
     """Splits each axis in tiles and places, padded with zeros; and the axes of the places."""
     counts = [-(-length // edge) for length, edge in zip(x.shape, tile, strict=True)]
-    x = jnp.pad(x, [(0, count * edge - length)
-                    for count, edge, length in zip(counts, tile, x.shape, strict=True)])
+    x = jnp.pad(
+        x,
+        [
+            (0, count * edge - length)
+            for count, edge, length in zip(counts, tile, x.shape, strict=True)
+        ],
+    )
     pairs = zip(counts, tile, strict=True)
     return x.reshape([n for pair in pairs for n in pair]), tuple(range(1, 2 * len(tile), 2))
 
@@ -806,9 +907,7 @@ def _bound(threshold: float | Array, leaf: Array) -> Array:
     return jnp.asarray(threshold).astype(dtype)
 
 
-def _amount(
-    fraction: float | Array, leaves: list[Array], keeps: Keeps
-) -> dict[str, Array | Count]:
+def _amount(fraction: float | Array, leaves: list[Array], keeps: Keeps) -> dict[str, Array | Count]:
     """A fraction of what remains, as the number of entries to be out where the host can know it."""
     if not isinstance(fraction, int | float):
         return {"fraction": jnp.asarray(fraction)}
@@ -837,11 +936,13 @@ def _labels(scope: Scope, params: PyTree, paths: list[str]) -> list[str]:
         labels = [scope(path) for path in paths]
     else:
         try:
-            tree = jax.tree.map(lambda label, below: jax.tree.map(lambda _: label, below),
-                                scope, params)
+            tree = jax.tree.map(
+                lambda label, below: jax.tree.map(lambda _: label, below), scope, params
+            )
         except ValueError as error:
             raise ValueError(
-                f"scope: its structure is not a prefix of the params': {error}") from error
+                f"scope: its structure is not a prefix of the params': {error}"
+            ) from error
         by = {leaf_path(kp): label for kp, label in jax.tree_util.tree_leaves_with_path(tree)}
         labels = [by[path] for path in paths]
     for path, label in zip(paths, labels, strict=True):
@@ -875,8 +976,9 @@ def _check_structure(name: str, tree: PyTree, like: PyTree) -> None:
     structure: Any = jax.tree.structure(tree)
     if structure == jax.tree.structure(like):
         return
-    found, wanted = ([leaf_path(kp) for kp, _ in jax.tree_util.tree_leaves_with_path(t)]
-                     for t in (tree, like))
+    found, wanted = (
+        [leaf_path(kp) for kp, _ in jax.tree_util.tree_leaves_with_path(t)] for t in (tree, like)
+    )
     for ours, theirs in itertools.zip_longest(found, wanted):
         if ours != theirs:
             raise ValueError(

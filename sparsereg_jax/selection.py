@@ -146,8 +146,9 @@ def by_path(params: PyTree, rules: Mapping[str, bool | Predicate]) -> Callable[[
     def first_match(path: str) -> re.Pattern[str] | None:
         return next((pattern for pattern, _ in compiled if pattern.fullmatch(path)), None)
 
-    paths = [leaf_path(kp) for kp, leaf in jax.tree_util.tree_leaves_with_path(params)
-             if is_float(leaf)]
+    paths = [
+        leaf_path(kp) for kp, leaf in jax.tree_util.tree_leaves_with_path(params) if is_float(leaf)
+    ]
     decided = {path: first_match(path) for path in paths}
     unused = [pattern.pattern for pattern, _ in compiled if pattern not in decided.values()]
     if unused:
@@ -205,7 +206,8 @@ def resolve_mask(mask: Mask, params: PyTree) -> PyTree:
     try:
         return jax.tree.map(
             lambda value, below: jax.tree.map(lambda leaf: value and is_float(leaf), below),
-            mask, params,
+            mask,
+            params,
         )
     except ValueError as error:
         raise ValueError(f"mask: its structure is not a prefix of the params': {error}") from error
@@ -238,13 +240,19 @@ def selection_table(params: PyTree, mask: Mask = weights) -> str:
     rows = [("path", "shape", "dtype", "selected")]
     for (kp, leaf), taken in zip(leaves, selected, strict=True):
         rows.append(
-            (leaf_path(kp), str(jnp.shape(leaf)), str(jnp.result_type(leaf))
-             if not hasattr(leaf, "dtype") else str(leaf.dtype), "yes" if taken else "no")
+            (
+                leaf_path(kp),
+                str(jnp.shape(leaf)),
+                str(jnp.result_type(leaf)) if not hasattr(leaf, "dtype") else str(leaf.dtype),
+                "yes" if taken else "no",
+            )
         )
     sizes = [jnp.size(leaf) for _, leaf in leaves]
     taken_sizes = [size for size, taken in zip(sizes, selected, strict=True) if taken]
     rows.append(("total", str(sum(sizes)), "", str(sum(taken_sizes))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-             for row in rows)
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)

@@ -100,8 +100,9 @@ def add_selective_shrinkage(
       Bonetta et al., `Regularization-based Pruning of Irrelevant Weights in Deep Neural
       Architectures <https://arxiv.org/abs/2204.04977>`_
     """
-    init_term, add_term = _term("add_selective_shrinkage", strength, irrelevance, alpha, rms_decay,
-                                mask, sign=1)
+    init_term, add_term = _term(
+        "add_selective_shrinkage", strength, irrelevance, alpha, rms_decay, mask, sign=1
+    )
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -158,8 +159,9 @@ def decouple_selective_shrinkage(
       >>> print(updates["w"].round(6))  # the first only shrinks, the second only learns
       [-0.0001 -0.001 ]
     """
-    return _decoupled("decouple_selective_shrinkage", core, strength, irrelevance, alpha, rms_decay,
-                      mask, sign=1)
+    return _decoupled(
+        "decouple_selective_shrinkage", core, strength, irrelevance, alpha, rms_decay, mask, sign=1
+    )
 
 
 def shrink_selectively(
@@ -205,8 +207,9 @@ def shrink_selectively(
       >>> print(updates["w"])
       [-0.01  -0.001]
     """
-    return _decoupled("shrink_selectively", optimizer, rate, irrelevance, alpha, rms_decay, mask,
-                      sign=-1)
+    return _decoupled(
+        "shrink_selectively", optimizer, rate, irrelevance, alpha, rms_decay, mask, sign=-1
+    )
 
 
 def selective_penalty(
@@ -266,7 +269,8 @@ def selective_penalty(
         return half * jnp.sum(jnp.square(weight) * score)
 
     terms = jax.tree.leaves(
-        jax.tree_util.tree_map_with_path(leaf_penalty, selected, params, gradients))
+        jax.tree_util.tree_map_with_path(leaf_penalty, selected, params, gradients)
+    )
     dtype = _term_dtype(*terms)
     return sum((term.astype(dtype) for term in terms), start=jnp.zeros((), dtype))
 
@@ -438,8 +442,9 @@ def selective_sgdw(
       >>> print(tx.update(jnp.array([0.0, 1.0]), tx.init(w), w)[0])
       [-0.05 -0.1 ]
     """
-    core = (optax.identity() if momentum is None
-            else optax.trace(momentum, nesterov, accumulator_dtype))
+    core = (
+        optax.identity() if momentum is None else optax.trace(momentum, nesterov, accumulator_dtype)
+    )
     return optax.chain(
         decouple_selective_shrinkage(core, strength, irrelevance, alpha, rms_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -554,8 +559,15 @@ def _is_shrinkage(node: Any) -> bool:
     return isinstance(node, SelectiveShrinkageState)
 
 
-def _check_number(name: str, argument: str, value: Any, low: float, high: float = float("inf"),
-                  *, open_low: bool = False) -> None:
+def _check_number(
+    name: str,
+    argument: str,
+    value: Any,
+    low: float,
+    high: float = float("inf"),
+    *,
+    open_low: bool = False,
+) -> None:
     # Tracers (inject_hyperparams) and schedules cannot be checked, arrays are not worth a transfer.
     if not isinstance(value, (int, float)):
         return
@@ -583,13 +595,15 @@ def _term(
             gradient_rms = optax.EmptyState()
         else:
             gradient_rms = jax.tree.map(
-                lambda p: jnp.zeros((), _term_dtype(p) if is_float(p) else jnp.float32), params)
+                lambda p: jnp.zeros((), _term_dtype(p) if is_float(p) else jnp.float32), params
+            )
         return SelectiveShrinkageState(jnp.zeros((), jnp.int32), gradient_rms)
 
     def add_fn(updates, state, gradients, params):
         if params is None:
-            raise ValueError(f"{name}: the term needs the weights; call"
-                             " `update(gradients, state, params)`.")
+            raise ValueError(
+                f"{name}: the term needs the weights; call `update(gradients, state, params)`."
+            )
         strength_now = strength(state.count) if callable(strength) else strength
         alpha_now = alpha(state.count) if callable(alpha) else alpha
         if rms_decay is None:
@@ -597,7 +611,9 @@ def _term(
         else:
             gradient_rms = jax.tree.map(
                 lambda old, gradient: _running_rms(old, gradient, rms_decay),
-                state.gradient_rms, gradients)
+                state.gradient_rms,
+                gradients,
+            )
             scales = jax.tree.map(lambda rms: jnp.asarray(alpha_now, rms.dtype) * rms, gradient_rms)
 
         def add(key_path, update, gradient, weight, taken, scale):
@@ -610,7 +626,12 @@ def _term(
             return update + term if sign > 0 else update - term
 
         updates = jax.tree_util.tree_map_with_path(
-            add, updates, gradients, params, resolve_mask(mask, params), scales,
+            add,
+            updates,
+            gradients,
+            params,
+            resolve_mask(mask, params),
+            scales,
             is_leaf=lambda leaf: leaf is None,
         )
         return updates, SelectiveShrinkageState(optax.safe_increment(state.count), gradient_rms)
@@ -645,12 +666,18 @@ def _decoupled(
 
 def _term_dtype(*leaves: jax.Array) -> Any:
     """At least f32: in half precision a strength of 1e-5 is subnormal or lost."""
-    return jnp.dtype(jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves)
-                     else jnp.float32)
+    return jnp.dtype(
+        jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
+    )
 
 
-def _score(irrelevance: Irrelevance, key_path: tuple[Any, ...], gradient: jax.Array,
-           weight: jax.Array, scale: jax.Array) -> jax.Array:
+def _score(
+    irrelevance: Irrelevance,
+    key_path: tuple[Any, ...],
+    gradient: jax.Array,
+    weight: jax.Array,
+    scale: jax.Array,
+) -> jax.Array:
     score = irrelevance(gradient, weight, scale)
     if jnp.shape(score) != gradient.shape:
         raise ValueError(

@@ -223,8 +223,14 @@ def count_true(flags: Sequence[Array]) -> Count:
     # One axis is kept in a first sum, for threads to share and for sums that fit 32 bits. It is
     # short enough for 16-bit halves of those sums to be added, and leaves 64 entries to each.
     size = math.prod(shape)
-    kept = next((axis for axis, length in enumerate(shape)
-                 if length <= 2**16 and 64 * length <= size < 2**32 * length), None)
+    kept = next(
+        (
+            axis
+            for axis, length in enumerate(shape)
+            if length <= 2**16 and 64 * length <= size < 2**32 * length
+        ),
+        None,
+    )
     if kept is None and size >= 2**32:
         raise ValueError(
             f"a leaf of shape {shape} is too large to be counted: at 2**32 entries or more, one of"
@@ -239,8 +245,9 @@ def count_true(flags: Sequence[Array]) -> Count:
     rows = sums.reshape(len(flags), -1)
     low = jnp.sum(rows & jnp.uint32(0xFFFF), axis=1, dtype=jnp.uint32)
     middle = jnp.sum(rows >> jnp.uint32(16), axis=1, dtype=jnp.uint32)
-    return add(Count(jnp.zeros_like(low), low),
-               Count(middle >> jnp.uint32(16), middle << jnp.uint32(16)))
+    return add(
+        Count(jnp.zeros_like(low), low), Count(middle >> jnp.uint32(16), middle << jnp.uint32(16))
+    )
 
 
 def _joint_sums(flags: Sequence[Array], axes: tuple[int, ...]) -> Array:
@@ -249,7 +256,8 @@ def _joint_sums(flags: Sequence[Array], axes: tuple[int, ...]) -> Array:
     sums = lax.reduce(
         tuple(flag.astype(jnp.uint32) for flag in ((*flags, ~flags[0]) if alone else flags)),
         (jnp.uint32(0),) * (len(flags) + alone),
-        lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)), axes,
+        lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
+        axes,
     )
     # A lone array is summed beside its complement, which XLA must not find unused.
     return jnp.stack(lax.optimization_barrier(sums)[:1] if alone else sums)
@@ -321,7 +329,10 @@ def _only(key: Array, flag: Array) -> Array:
 
 
 def search(
-    keys: Callable[[Any], Sequence[Array]], arrays: Any, count: Count, bits: int,
+    keys: Callable[[Any], Sequence[Array]],
+    arrays: Any,
+    count: Count,
+    bits: int,
     rooms: Sequence[Count] | None = None,
 ) -> Array:
     """Finds the least integer below which at least ``count`` keys lie.
@@ -370,8 +381,11 @@ class Plan(NamedTuple):
 
 
 def plan(
-    leaves: Sequence[Array], keeps: Sequence[Array | None], floors: Sequence[Count],
-    drop: Callable[[Count], Count], exact_ties: bool,
+    leaves: Sequence[Array],
+    keeps: Sequence[Array | None],
+    floors: Sequence[Count],
+    drop: Callable[[Count], Count],
+    exact_ties: bool,
 ) -> list[Plan]:
     """Decides how many of the smallest magnitudes go from each of several tensors.
 
@@ -404,8 +418,10 @@ def plan(
 
     def drops(bound: Array) -> list[Plan]:
         belows = [_scalar(count_true([key < bound])) for key in keys(arrays)]
-        return [Plan(threshold, below, minimum(below, room))
-                for below, room in zip(belows, rooms, strict=True)]
+        return [
+            Plan(threshold, below, minimum(below, room))
+            for below, room in zip(belows, rooms, strict=True)
+        ]
 
     plans = drops(threshold)
     if exact_ties:
@@ -458,6 +474,7 @@ def cut(leaf: Array, keep: Array | None, row: Plan, dtype: Any) -> Array:
     Returns:
       The boolean array of what remains then: exactly ``row.drop`` entries fewer.
     """
+
     def stays(gone: Array) -> Array:
         return ~gone if keep is None else keep & ~gone
 

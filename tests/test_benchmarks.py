@@ -50,13 +50,23 @@ def test_everything_in_one_table(tiny, monkeypatch, tmp_path, capsys):
 
     _check(rows[:4], "training step", STEP_PAIRS)
     _check(rows[4:8], "optimizer step", STEP_PAIRS)
-    _check(rows[8:10], "exact masks at 80 %",
-           [(f"mask_by_sparsity, {scope}", "jnp.sort") for scope in ("per tensor", "global")])
-    _check(rows[10:], "LeNet-300-100 epoch",
-           [("selective_adam", "adam"), ("selective_adam, zeros held", "adam")])
+    _check(
+        rows[8:10],
+        "exact masks at 80 %",
+        [(f"mask_by_sparsity, {scope}", "jnp.sort") for scope in ("per tensor", "global")],
+    )
+    _check(
+        rows[10:],
+        "LeNet-300-100 epoch",
+        [("selective_adam", "adam"), ("selective_adam, zeros held", "adam")],
+    )
     assert [(row.must, row.goal) for row in rows] == (
-        [(1.20, 1.05)] * 4 + [(None, None)] * 2 + [(1.20, 1.05)] * 2 + [(10, 20)] * 2
-        + [(1.10, None)] * 2)
+        [(1.20, 1.05)] * 4
+        + [(None, None)] * 2
+        + [(1.20, 1.05)] * 2
+        + [(10, 20)] * 2
+        + [(1.10, None)] * 2
+    )
     assert all(row.temporaries is not None for row in rows[:10])
 
     record = json.loads(out.read_text())
@@ -71,18 +81,34 @@ def test_everything_in_one_table(tiny, monkeypatch, tmp_path, capsys):
 
 
 def _one(benchmark="b", ratio=1.0, speedup=False, must=1.2, goal=1.05):
-    return timing.Row(benchmark, "ours", "theirs", speedup, ratio, (ratio, ratio), must, goal, 3.0,
-                      2.0, 2**20, 2**21, 5)
+    return timing.Row(
+        benchmark,
+        "ours",
+        "theirs",
+        speedup,
+        ratio,
+        (ratio, ratio),
+        must,
+        goal,
+        3.0,
+        2.0,
+        2**20,
+        2**21,
+        5,
+    )
 
 
-@pytest.mark.parametrize(("row", "must", "goal"), [
-    (_one(ratio=1.05), True, True),
-    (_one(ratio=1.2), True, False),
-    (_one(ratio=1.21), False, False),
-    (_one(ratio=9.9, speedup=True, must=10, goal=20), False, False),
-    (_one(ratio=21.0, speedup=True, must=10, goal=20), True, True),
-    (_one(ratio=3.0, must=None, goal=None), True, True),
-])
+@pytest.mark.parametrize(
+    ("row", "must", "goal"),
+    [
+        (_one(ratio=1.05), True, True),
+        (_one(ratio=1.2), True, False),
+        (_one(ratio=1.21), False, False),
+        (_one(ratio=9.9, speedup=True, must=10, goal=20), False, False),
+        (_one(ratio=21.0, speedup=True, must=10, goal=20), True, True),
+        (_one(ratio=3.0, must=None, goal=None), True, True),
+    ],
+)
 def test_limits(row, must, goal):
     assert run.meets(row, row.must) == must
     assert run.meets(row, row.goal) == goal
@@ -90,10 +116,22 @@ def test_limits(row, must, goal):
 
 def test_a_row_as_text():
     assert run.cells(_one(ratio=1.125), milliseconds=True) == [
-        "b", "ours", "theirs", "1.12", "1.12 to 1.12", "≤ 1.20", "≤ 1.05", "3.00 / 2.00",
-        "1.0 / 2.0"]
+        "b",
+        "ours",
+        "theirs",
+        "1.12",
+        "1.12 to 1.12",
+        "≤ 1.20",
+        "≤ 1.05",
+        "3.00 / 2.00",
+        "1.0 / 2.0",
+    ]
     assert run.cells(_one(ratio=30.0, speedup=True, must=10, goal=20), milliseconds=False)[3:7] == [
-        "30.0 times faster", "30.0 to 30.0", "≥ 10", "≥ 20"]
+        "30.0 times faster",
+        "30.0 to 30.0",
+        "≥ 10",
+        "≥ 20",
+    ]
     shown = io.StringIO()
     rows = [_one("first"), _one("second", ratio=1.5)]
     run.show(Console(file=shown, width=160), rows, "title", milliseconds=True)
@@ -117,6 +155,7 @@ def test_rounds_alternate_and_slow_ones_are_few(tiny, monkeypatch):
         def step(carry):
             order.append(name)
             return carry + 1
+
         return timing.Candidate(step, jnp.zeros((), jnp.int32))
 
     runs = {name: candidate(name) for name in "abc"}
@@ -145,11 +184,13 @@ def test_with_constant_irrelevance_both_sides_compute_the_same(form):
     runs = steps.candidates(make, pair, (gradients,), params)
     assert list(runs) == [*pair, list(pair)[1] + steps.HELD]
     (baseline, _), (ours, _), (held, state) = [
-        run.step(run.step(run.carry)) for run in runs.values()]
+        run.step(run.step(run.carry)) for run in runs.values()
+    ]
     mask = sj.held_mask(params, state)
     assert float(sj.sparsity(mask)) > 0.75  # the biases are all kept
     for path, keep in jax.tree_util.tree_leaves_with_path(mask):
         theirs, plain, sparse = (
-            np.asarray(tree[path[0].key][path[1].key]) for tree in (baseline, ours, held))
+            np.asarray(tree[path[0].key][path[1].key]) for tree in (baseline, ours, held)
+        )
         np.testing.assert_allclose(plain, theirs, rtol=1e-6, atol=1e-9)
         np.testing.assert_array_equal(sparse, np.where(keep, plain, 0))

@@ -40,31 +40,40 @@ def _shrink(optimizer, strength, **more):
 CASES = {
     "add": Case(sj.add_selective_shrinkage, optax.identity()),
     "add, rms": Case(
-        lambda **k: sj.add_selective_shrinkage(rms_decay=DECAY, **k), optax.identity()),
+        lambda **k: sj.add_selective_shrinkage(rms_decay=DECAY, **k), optax.identity()
+    ),
     "decouple": Case(
         lambda **k: sj.decouple_selective_shrinkage(optax.scale_by_adam(), **k),
-        optax.scale_by_adam()),
+        optax.scale_by_adam(),
+    ),
     "decouple, rms": Case(
         lambda **k: sj.decouple_selective_shrinkage(optax.scale_by_adam(), rms_decay=DECAY, **k),
-        optax.scale_by_adam()),
+        optax.scale_by_adam(),
+    ),
     "shrink": Case(lambda **k: _shrink(optax.lion(RATE), **k), optax.lion(RATE)),
     "sgd": Case(lambda **k: sj.selective_sgd(RATE, 0.9, **k), optax.sgd(RATE, 0.9)),
     "sgdw": Case(lambda **k: sj.selective_sgdw(RATE, 0.9, **k), optax.sgd(RATE, 0.9)),
     "adam": Case(lambda **k: sj.selective_adam(RATE, **k), optax.adam(RATE)),
     "adamw": Case(lambda **k: sj.selective_adamw(RATE, **k), optax.adam(RATE)),
     "hold, plain": Case(
-        lambda strength, alpha: sj.hold_zeros(optax.adam(RATE)), optax.adam(RATE), held=True),
+        lambda strength, alpha: sj.hold_zeros(optax.adam(RATE)), optax.adam(RATE), held=True
+    ),
     "hold, selective": Case(
-        lambda **k: sj.hold_zeros(sj.selective_adam(RATE, **k)), optax.adam(RATE), held=True),
+        lambda **k: sj.hold_zeros(sj.selective_adam(RATE, **k)), optax.adam(RATE), held=True
+    ),
 }
 SELECTIVE = [name for name in CASES if name != "hold, plain"]
 
 
 def cases(*quick: str, among=tuple(CASES)):
     """All cases; those not named are slow. No names: none is slow."""
-    return pytest.mark.parametrize("name", [
-        pytest.param(name, marks=[] if not quick or name in quick else pytest.mark.slow)
-        for name in among])
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=[] if not quick or name in quick else pytest.mark.slow)
+            for name in among
+        ],
+    )
 
 
 def build(name: str, strength: Any = STRENGTH, alpha: Any = ALPHA):
@@ -83,7 +92,8 @@ def tree(seed: int, dtype: Any = jnp.float32) -> dict[str, Any]:
 def keep(params: Any) -> Any:
     """A pruning mask that drops every entry whose third decimal is even; some, at any shape."""
     return jax.tree.map(
-        lambda w: jnp.asarray(np.abs(np.asarray(w, np.float64)) * 1000 // 1 % 2 == 1), params)
+        lambda w: jnp.asarray(np.abs(np.asarray(w, np.float64)) * 1000 // 1 % 2 == 1), params
+    )
 
 
 def start(name: str, params: Any, tx: Any = None):
@@ -115,8 +125,11 @@ def numpy_run(name: str, weight: Any, gradients: list[Any], strength: float = ST
         rms = now if step == 1 else DECAY * rms + (1 - DECAY) * now
         scale = ALPHA * rms if "rms" in name else ALPHA
         term = strength * weight * np.exp(-np.abs(gradient) / scale)
-        coupled = gradient + term if name in ("add", "add, rms", "sgd", "adam",
-                                              "hold, selective") else gradient
+        coupled = (
+            gradient + term
+            if name in ("add", "add, rms", "sgd", "adam", "hold, selective")
+            else gradient
+        )
         if name.startswith("add"):
             update = coupled
         elif name == "shrink":
@@ -145,10 +158,16 @@ def expected(name, params, gradients, **more):
 
 def assert_close(got, want, rtol=1e-5, atol=2e-5):  # f32: Adam reads 1 - 0.999 to 1.3e-5
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want),
-                            strict=True):
-        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64),
-                                   rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64),
+            np.asarray(b, np.float64),
+            rtol=rtol,
+            atol=atol,
+            err_msg=jax.tree_util.keystr(path),
+        )
 
 
 def assert_same(got, want):
@@ -201,8 +220,7 @@ def test_jit_of_vmap_of_scan_of_cond_follows_the_equations(name):
     got, _ = jax.jit(jax.vmap(_scanned(tx)))(params, state, _stack(map(_stack, gradients)), go)
     for j, seed in enumerate((0, 20)):
         done = [g for g, gone in zip(gradients[j], go[j], strict=True) if gone]
-        assert_close(jax.tree.map(lambda leaf, j=j: leaf[j], got),
-                     expected(name, tree(seed), done))
+        assert_close(jax.tree.map(lambda leaf, j=j: leaf[j], got), expected(name, tree(seed), done))
 
 
 @pytest.mark.slow
@@ -223,11 +241,19 @@ def test_each_transform_alone(name, transform):
         got = jax.tree.map(lambda leaf: leaf[0], got)
     elif transform == "scan":
         (got, _), _ = jax.lax.scan(
-            lambda carry, g: (step(g, carry[1], carry[0]), None), (params, state),
-            _stack([gradient]))
+            lambda carry, g: (step(g, carry[1], carry[0]), None),
+            (params, state),
+            _stack([gradient]),
+        )
     else:
-        got, _ = jax.lax.cond(params["scalar"] == params["scalar"], step,
-                              lambda g, s, p: (p, s), gradient, state, params)
+        got, _ = jax.lax.cond(
+            params["scalar"] == params["scalar"],
+            step,
+            lambda g, s, p: (p, s),
+            gradient,
+            state,
+            params,
+        )
     assert_close(got, expected(name, tree(0), [gradient]))
 
 
@@ -253,8 +279,9 @@ def test_jit_equals_eager_and_compiles_once(name):
 @cases()
 def test_unknown_extra_arguments_are_ignored(name):
     tx, params, state = start(name, tree(0))
-    assert_same(tx.update(tree(1), state, params, value=1.0, foo="bar"),
-                tx.update(tree(1), state, params))
+    assert_same(
+        tx.update(tree(1), state, params, value=1.0, foo="bar"), tx.update(tree(1), state, params)
+    )
 
 
 # Hyper-parameters and dtypes.
@@ -290,11 +317,16 @@ def test_half_precision_numbers(name):
     got, _ = tx.update(gradient, state, params)
     # The optimizer's own arithmetic is in bf16; so the term alone is compared.
     plain, _ = CASES[name].plain.update(gradient, CASES[name].plain.init(params), params)
-    want = jax.tree.map(lambda w, g: numpy_run(name, w, [g]) - np.asarray(w, np.float64),
-                        params, gradient)
+    want = jax.tree.map(
+        lambda w, g: numpy_run(name, w, [g]) - np.asarray(w, np.float64), params, gradient
+    )
     assert types(got) == types(plain)
-    assert_close(got, want, rtol=2**-6, atol=2**-6 * (RATE if name not in (
-        "add", "add, rms", "decouple", "decouple, rms") else 1))
+    assert_close(
+        got,
+        want,
+        rtol=2**-6,
+        atol=2**-6 * (RATE if name not in ("add", "add, rms", "decouple", "decouple, rms") else 1),
+    )
 
 
 @cases("add, rms", "shrink", "sgdw", among=SELECTIVE)
@@ -324,18 +356,27 @@ def _injected(name, strength):
         static = static[:-2]
 
     def inject(factory, *args, **kwargs):
-        return optax.inject_hyperparams(factory, static_args=[
-            argument for argument in static if argument in inspect.signature(factory).parameters])(
-                *args, **kwargs)
+        return optax.inject_hyperparams(
+            factory,
+            static_args=[
+                argument for argument in static if argument in inspect.signature(factory).parameters
+            ],
+        )(*args, **kwargs)
 
     more = {"alpha": ALPHA, "irrelevance": sj.exponential_irrelevance}
     return {
         "add": lambda: inject(sj.add_selective_shrinkage, strength, **more),
         "add, rms": lambda: inject(sj.add_selective_shrinkage, strength, rms_decay=DECAY, **more),
-        "decouple": lambda: inject(sj.decouple_selective_shrinkage, optax.scale_by_adam(),
-                                   strength, **more),
-        "decouple, rms": lambda: inject(sj.decouple_selective_shrinkage, optax.scale_by_adam(),
-                                        strength, rms_decay=DECAY, **more),
+        "decouple": lambda: inject(
+            sj.decouple_selective_shrinkage, optax.scale_by_adam(), strength, **more
+        ),
+        "decouple, rms": lambda: inject(
+            sj.decouple_selective_shrinkage,
+            optax.scale_by_adam(),
+            strength,
+            rms_decay=DECAY,
+            **more,
+        ),
         "shrink": lambda: inject(sj.shrink_selectively, optax.lion(RATE), strength, **more),
         "sgd": lambda: inject(sj.selective_sgd, RATE, 0.9, strength=strength, **more),
         "sgdw": lambda: inject(sj.selective_sgdw, RATE, 0.9, strength=strength, **more),
@@ -343,7 +384,8 @@ def _injected(name, strength):
         "adamw": lambda: inject(sj.selective_adamw, RATE, strength=strength, **more),
         "hold, plain": lambda: sj.hold_zeros(optax.inject_hyperparams(optax.adam)(RATE)),
         "hold, selective": lambda: sj.hold_zeros(
-            inject(sj.selective_adam, RATE, strength=strength, **more)),
+            inject(sj.selective_adam, RATE, strength=strength, **more)
+        ),
     }[name]()
 
 
@@ -395,9 +437,17 @@ def test_inside_chain(name):
 @pytest.mark.parametrize("prefix", [False, True])
 @cases(*WRAPPED)
 def test_inside_masked(name, prefix):
-    mask = {"a": True, "b": False} if prefix else (
-        lambda params: {"a": jax.tree.map(lambda _: True, params["a"]), "b": False}
-        if isinstance(params, dict) else jax.tree.map(lambda _: True, params))
+    mask = (
+        {"a": True, "b": False}
+        if prefix
+        else (
+            lambda params: (
+                {"a": jax.tree.map(lambda _: True, params["a"]), "b": False}
+                if isinstance(params, dict)
+                else jax.tree.map(lambda _: True, params)
+            )
+        )
+    )
     params = {"a": tree(0), "b": jnp.ones(3)}
     tx, params, state = start(name, params, optax.masked(build(name), mask))
     updates, _ = tx.update({"a": tree(1), "b": jnp.full(3, 7.0)}, state, params)
@@ -450,8 +500,9 @@ def test_inside_nnx_optimizer(name):
     optimizer = nnx.Optimizer(model, build(name), wrt=nnx.Param)
     if CASES[name].held:
         params = nnx.state(model, nnx.Param)
-        params, state = sj.prune(optimizer.tx, params, optimizer.opt_state,
-                                 jax.tree.map(keep, params))
+        params, state = sj.prune(
+            optimizer.tx, params, optimizer.opt_state, jax.tree.map(keep, params)
+        )
         nnx.update(model, params)
         optimizer.opt_state = state
     for seed in (1, 2):
@@ -475,8 +526,9 @@ def test_inside_train_state(name):
 def test_map_params_knows_its_state(name):
     tx, params, state = start(name, tree(0))
     names = {key: key for key in params}
-    marked = optax.tree.map_params(tx, lambda _, key: f"of {key}", state, names,
-                                   transform_non_params=lambda _: "else")
+    marked = optax.tree.map_params(
+        tx, lambda _, key: f"of {key}", state, names, transform_non_params=lambda _: "else"
+    )
     assert jax.tree.structure(marked) == jax.tree.structure(state)
     for path, mark in jax.tree_util.tree_leaves_with_path(marked):
         last = jax.tree_util.keystr(path[-1:], simple=True)
@@ -535,9 +587,13 @@ def test_a_none_update_passes_through(name):
     assert updates["frozen"] is None
     want = numpy_run(name, params["a"], [tree(1)["kernel"]])
     assert_close(params["a"] + updates["a"], want)
-    terms = [s for s in jax.tree.leaves(
-        new_state, is_leaf=lambda n: isinstance(n, sj.SelectiveShrinkageState))
-        if isinstance(s, sj.SelectiveShrinkageState)]
+    terms = [
+        s
+        for s in jax.tree.leaves(
+            new_state, is_leaf=lambda n: isinstance(n, sj.SelectiveShrinkageState)
+        )
+        if isinstance(s, sj.SelectiveShrinkageState)
+    ]
     assert [int(term.count) for term in terms] == [1]
 
 
@@ -545,8 +601,9 @@ def test_a_none_update_passes_through(name):
 def test_a_none_update_passes_through_a_held_optimizer(inner):
     params = {"a": jnp.ones(2), "frozen": jnp.ones(2)}
     tx = sj.hold_zeros(inner)
-    params, state = sj.prune(tx, params, tx.init(params),
-                             {"a": jnp.array([True, False]), "frozen": jnp.ones(2, bool)})
+    params, state = sj.prune(
+        tx, params, tx.init(params), {"a": jnp.array([True, False]), "frozen": jnp.ones(2, bool)}
+    )
     updates, _ = tx.update({"a": jnp.full(2, 5.0), "frozen": None}, state, params)
     assert updates["frozen"] is None
     np.testing.assert_allclose(updates["a"], [-2.5, 0.0])
@@ -603,8 +660,12 @@ def test_a_sharded_input_stays_sharded(name):
         rng = np.random.default_rng(seed)
         specs = {"kernel": P("data", "model"), "bias": P("model"), "all": P()}
         shapes = {"kernel": (8, 4), "bias": (4,), "all": (3,)}
-        return {k: jax.device_put(jnp.asarray(rng.normal(size=shapes[k]), jnp.float32),
-                                  NamedSharding(mesh, specs[k])) for k in specs}
+        return {
+            k: jax.device_put(
+                jnp.asarray(rng.normal(size=shapes[k]), jnp.float32), NamedSharding(mesh, specs[k])
+            )
+            for k in specs
+        }
 
     tx = build(name)
     params, gradient = sharded(0), sharded(1)
@@ -615,8 +676,11 @@ def test_a_sharded_input_stays_sharded(name):
     updates, new_state = jax.jit(tx.update)(gradient, state, params)
     for key, weight in params.items():
         assert updates[key].sharding.is_equivalent_to(weight.sharding, weight.ndim)
-    moments = [(path[-1].key, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(new_state)
-               if isinstance(path[-1], jax.tree_util.DictKey) and leaf.ndim]
+    moments = [
+        (path[-1].key, leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(new_state)
+        if isinstance(path[-1], jax.tree_util.DictKey) and leaf.ndim
+    ]
     trees = {"add": 0, "add, rms": 0, "shrink": 1, "sgd": 1, "sgdw": 1}.get(name, 2)
     assert len(moments) == 3 * (trees + CASES[name].held)  # moments, and the pruning mask
     for key, moment in moments:

@@ -53,8 +53,7 @@ def test_same_seed_same_numbers_and_every_method(tmp_path, capsys):
 
 
 def test_paper_size():
-    params = jax.eval_shape(
-        lenet300.LeNet300().init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    params = jax.eval_shape(lenet300.LeNet300().init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 266_610
 
 
@@ -77,9 +76,13 @@ def write_tiny(name, version, shape, folder):
 
         def _info(self):
             return self.dataset_info_from_configs(
-                features=tfds.features.FeaturesDict({
-                    "image": tfds.features.Image(shape=shape, encoding_format="png"),
-                    "label": tfds.features.ClassLabel(num_classes=10)}))
+                features=tfds.features.FeaturesDict(
+                    {
+                        "image": tfds.features.Image(shape=shape, encoding_format="png"),
+                        "label": tfds.features.ClassLabel(num_classes=10),
+                    }
+                )
+            )
 
         def _split_generators(self, dl_manager):
             return {"train": examples(40), "test": examples(20)}
@@ -93,9 +96,14 @@ def write_tiny(name, version, shape, folder):
 
 
 @pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
-@pytest.mark.parametrize(("name", "version", "shape"), [
-    ("mnist", "3.0.1", (28, 28, 1)), ("fashion_mnist", "3.0.1", (28, 28, 1)),
-    ("cifar10", "3.0.2", (32, 32, 3))])
+@pytest.mark.parametrize(
+    ("name", "version", "shape"),
+    [
+        ("mnist", "3.0.1", (28, 28, 1)),
+        ("fashion_mnist", "3.0.1", (28, 28, 1)),
+        ("cifar10", "3.0.2", (32, 32, 3)),
+    ],
+)
 def test_reads_prepared_data_by_name(name, version, shape, tmp_path):
     write_tiny(name, version, shape, tmp_path)
     splits = data.load(name, tmp_path, validation=10)
@@ -115,8 +123,10 @@ def test_reads_prepared_data_by_name(name, version, shape, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None,
-                    reason="what is said where TensorFlow is missing")
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is not None,
+    reason="what is said where TensorFlow is missing",
+)
 def test_says_that_tensorflow_is_needed(tmp_path):
     with pytest.raises(ImportError, match=r"'mnist' is not prepared in .*pip install tensorflow"):
         data.load("mnist", tmp_path)

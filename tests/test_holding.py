@@ -26,15 +26,18 @@ SPECIAL = {  # arguments other than a learning rate of 0.01
     "polyak_sgd": {"max_learning_rate": 0.01},
 }
 SHAPES = {"matrix": (6, 5), "vector": (7,)}  # told apart by shape in any state
-CURVATURE = {name: np.linspace(0.5, 2, np.prod(shape)).reshape(shape).astype(np.float32)
-             for name, shape in SHAPES.items()}
+CURVATURE = {
+    name: np.linspace(0.5, 2, np.prod(shape)).reshape(shape).astype(np.float32)
+    for name, shape in SHAPES.items()
+}
 
 
 def _aliases() -> list[str]:
     def optimizer(name, value):
         made_here = inspect.isfunction(value) and value.__module__ == alias.__name__
         return (made_here or isinstance(value, functools.partial)) and getattr(
-            optax, name, None) is value
+            optax, name, None
+        ) is value
 
     return [name for name, value in vars(alias).items() if optimizer(name, value)]
 
@@ -46,8 +49,9 @@ def _documented_exceptions() -> set[str]:
 
 def _params(dtypes):
     rng = np.random.default_rng(0)
-    return {name: jnp.asarray(rng.normal(size=shape), dtypes[name])
-            for name, shape in SHAPES.items()}
+    return {
+        name: jnp.asarray(rng.normal(size=shape), dtypes[name]) for name, shape in SHAPES.items()
+    }
 
 
 def _mask():
@@ -56,8 +60,10 @@ def _mask():
 
 
 def _loss(params):
-    return sum(jnp.sum(CURVATURE[name] * jnp.square(w.astype(jnp.float32) - 0.5))
-               for name, w in params.items())
+    return sum(
+        jnp.sum(CURVATURE[name] * jnp.square(w.astype(jnp.float32) - 0.5))
+        for name, w in params.items()
+    )
 
 
 def _descent(tx, steps):
@@ -66,8 +72,9 @@ def _descent(tx, steps):
     def step(carry, _):
         params, state = carry
         value, gradient = jax.value_and_grad(_loss)(params)
-        updates, state = tx.update(gradient, state, params, value=value, grad=gradient,
-                                   value_fn=_loss)
+        updates, state = tx.update(
+            gradient, state, params, value=value, grad=gradient, value_fn=_loss
+        )
         params = optax.apply_updates(params, updates)
         return (params, state), (params, state.inner_state)
 
@@ -100,7 +107,7 @@ def _check_optimizer(name, dtypes):
                 continue  # counts and keys
             moment = np.asarray(moment.astype(jnp.float32))
             for leaf, shape in SHAPES.items():
-                if moment.shape[-len(shape):] == shape and (moment[..., pruned[leaf]] != 0).any():
+                if moment.shape[-len(shape) :] == shape and (moment[..., pruned[leaf]] != 0).any():
                     restless.add(jax.tree_util.keystr(path))
     assert bool(restless) == (name in _documented_exceptions()), restless
 
@@ -126,10 +133,11 @@ def test_the_table_of_exceptions_names_optimizers():
 
 # One pruning, piece by piece.
 
-TREE = {"a": jnp.array([[1.0, -2.0, 3.0]]), "b": {"c": jnp.array([-4.0, 5.0]),
-                                                  "d": jnp.array(6.0)}}
-MASK = {"a": jnp.array([[True, False, True]]), "b": {"c": jnp.array([False, True]),
-                                                     "d": jnp.array(False)}}
+TREE = {"a": jnp.array([[1.0, -2.0, 3.0]]), "b": {"c": jnp.array([-4.0, 5.0]), "d": jnp.array(6.0)}}
+MASK = {
+    "a": jnp.array([[True, False, True]]),
+    "b": {"c": jnp.array([False, True]), "d": jnp.array(False)},
+}
 PRUNED = {"a": [[1.0, 0.0, 3.0]], "b": {"c": [0.0, 5.0], "d": 0.0}}
 GRADIENT = jax.tree.map(jnp.ones_like, TREE)
 
@@ -165,8 +173,12 @@ def test_prune_zeroes_weights_and_moments_and_goes_on_counting():
     for got, want in [(pruned, params), (adam.mu, old_adam.mu), (adam.nu, old_adam.nu)]:
         assert all(np.all(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(want))
         assert_same(got, jax.tree.map(lambda w, m: np.where(m, w, 0), want, MASK))
-    assert not any(np.signbit(leaf[~np.asarray(keep)]).any() for leaf, keep in zip(
-        map(np.asarray, jax.tree.leaves(pruned)), jax.tree.leaves(MASK), strict=True))
+    assert not any(
+        np.signbit(leaf[~np.asarray(keep)]).any()
+        for leaf, keep in zip(
+            map(np.asarray, jax.tree.leaves(pruned)), jax.tree.leaves(MASK), strict=True
+        )
+    )
 
 
 def test_prune_under_jit_equals_eager():
@@ -183,8 +195,13 @@ def test_a_second_pruning_refines_the_first():
     tx = sj.hold_zeros(optax.sgd(0.1, momentum=0.9))
     params, state = sj.prune(tx, TREE, tx.init(TREE), MASK)
     params, state = _steps(tx, params, state, [GRADIENT])
-    fewer = sj.intersection(MASK, {"a": jnp.array([[False, True, True]]),
-                                   "b": {"c": jnp.ones(2, bool), "d": jnp.array(True)}})
+    fewer = sj.intersection(
+        MASK,
+        {
+            "a": jnp.array([[False, True, True]]),
+            "b": {"c": jnp.ones(2, bool), "d": jnp.array(True)},
+        },
+    )
     params, state = sj.prune(tx, params, state, fewer)
     params, _ = _steps(tx, params, state, [GRADIENT])
     # The survivors' momentum goes on through the pruning.
@@ -194,12 +211,14 @@ def test_a_second_pruning_refines_the_first():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_pruned_entry_s_bad_gradient_does_no_harm(bad):
-    tx = sj.hold_zeros(optax.chain(optax.clip_by_global_norm(1.0), sj.selective_adam(
-        0.1, rms_decay=0.9)))
+    tx = sj.hold_zeros(
+        optax.chain(optax.clip_by_global_norm(1.0), sj.selective_adam(0.1, rms_decay=0.9))
+    )
     params, state = sj.prune(tx, TREE, tx.init(TREE), MASK)
     poisoned = jax.tree.map(lambda g, m: jnp.where(m, g, bad), GRADIENT, MASK)
-    assert_same(_steps(tx, params, state, [poisoned] * 2),
-                _steps(tx, params, state, [GRADIENT] * 2))
+    assert_same(
+        _steps(tx, params, state, [poisoned] * 2), _steps(tx, params, state, [GRADIENT] * 2)
+    )
 
 
 def test_all_that_is_not_pruned_is_untouched_by_the_wrapper():
@@ -222,8 +241,12 @@ def test_a_weight_changed_behind_the_wrapper_comes_back_to_zero():
 
 
 def test_leaves_without_floats_pass():
-    params = {"w": jnp.array([1.0, 2.0]), "steps": jnp.array([3, 4]),
-              "key": jax.random.key(0), "none": None}
+    params = {
+        "w": jnp.array([1.0, 2.0]),
+        "steps": jnp.array([3, 4]),
+        "key": jax.random.key(0),
+        "none": None,
+    }
     floats = {"w": True, "steps": False, "key": False, "none": None}
     tx = sj.hold_zeros(optax.masked(optax.sgd(0.5), floats))
     mask = sj.full_mask(params) | {"w": jnp.array([False, True])}
@@ -239,7 +262,10 @@ def test_extra_arguments_reach_the_optimizer():
     inner = optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(),
         lambda updates, state, params=None, *, value, **more: (
-            jax.tree.map(lambda g: value * g, updates), state))
+            jax.tree.map(lambda g: value * g, updates),
+            state,
+        ),
+    )
     tx = sj.hold_zeros(inner)
     updates, _ = tx.update(GRADIENT, tx.init(TREE), TREE, value=-3.0)
     assert_same(updates, jax.tree.map(lambda g: -3.0 * np.asarray(g), GRADIENT))
@@ -260,22 +286,28 @@ PLACES = {
     "around a chain": sj.hold_zeros(optax.chain(optax.clip(10.0), SGD)),
     "in a chain": optax.chain(optax.identity(), sj.hold_zeros(SGD)),
     "masked": optax.masked(sj.hold_zeros(SGD), {"a": True, "b": True}),
-    "partition": optax.partition({"x": sj.hold_zeros(SGD), "y": sj.hold_zeros(SGD)},
-                                 {"a": "x", "b": "y"}),
-    "around partition": sj.hold_zeros(optax.partition({"x": SGD, "y": SGD}, {
-        "a": "x", "b": {"c": "x", "d": "y"}})),
+    "partition": optax.partition(
+        {"x": sj.hold_zeros(SGD), "y": sj.hold_zeros(SGD)}, {"a": "x", "b": "y"}
+    ),
+    "around partition": sj.hold_zeros(
+        optax.partition({"x": SGD, "y": SGD}, {"a": "x", "b": {"c": "x", "d": "y"}})
+    ),
     "around masked": sj.hold_zeros(optax.chain(optax.masked(SGD, {"a": True, "b": True}))),
     "inject_hyperparams": sj.hold_zeros(optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9)),
     "in inject_hyperparams": optax.inject_hyperparams(
-        lambda rate: sj.hold_zeros(optax.sgd(rate, momentum=0.9)))(0.1),
+        lambda rate: sj.hold_zeros(optax.sgd(rate, momentum=0.9))
+    )(0.1),
     "apply_if_finite": optax.apply_if_finite(sj.hold_zeros(SGD), 3),
     "MultiSteps": optax.MultiSteps(sj.hold_zeros(SGD), 1).gradient_transformation(),
 }
 
 
 def _moments(state):
-    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-            if "trace" in jax.tree_util.keystr(path)]
+    return [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if "trace" in jax.tree_util.keystr(path)
+    ]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -289,8 +321,10 @@ def test_every_place(place):
     params, state = _steps(tx, params, state, [GRADIENT] * 2)
     want = jax.tree.map(lambda w, m: np.where(m, _momentum(w, [1, 1, 1]), 0), TREE, MASK)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), params, want)
-    assert all(np.all(np.asarray(leaf)[~np.asarray(keep)] == 0)
-               for leaf, keep in zip(_moments(state), jax.tree.leaves(MASK), strict=True))
+    assert all(
+        np.all(np.asarray(leaf)[~np.asarray(keep)] == 0)
+        for leaf, keep in zip(_moments(state), jax.tree.leaves(MASK), strict=True)
+    )
 
 
 def test_multi_steps_that_hold_zeros_in_the_midst_of_an_accumulation():
@@ -304,8 +338,9 @@ def test_multi_steps_that_hold_zeros_in_the_midst_of_an_accumulation():
 
 def test_a_part_of_the_leaves_is_held():
     # Holes where optax.partition gives leaves to another transformation.
-    tx = optax.partition({"held": sj.hold_zeros(SGD), "free": SGD},
-                         {"a": "held", "b": {"c": "held", "d": "free"}})
+    tx = optax.partition(
+        {"held": sj.hold_zeros(SGD), "free": SGD}, {"a": "held", "b": {"c": "held", "d": "free"}}
+    )
     state = tx.init(TREE)
     assert_same(sj.held_mask(TREE, state), sj.full_mask(TREE))
     mask = MASK | {"b": {"c": MASK["b"]["c"], "d": jnp.array(True)}}
@@ -327,8 +362,9 @@ class _Model(nnx.Module):
 
 def test_in_an_nnx_optimizer():
     model = _Model()
-    optimizer = nnx.Optimizer(model, sj.hold_zeros(sj.selective_sgd(0.1, momentum=0.9)),
-                              wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model, sj.hold_zeros(sj.selective_sgd(0.1, momentum=0.9)), wrt=nnx.Param
+    )
 
     @nnx.jit
     def step(model, optimizer):
@@ -346,7 +382,9 @@ def test_in_an_nnx_optimizer():
         step(model, optimizer)
     held = sj.held_mask(nnx.state(model, nnx.Param), optimizer.opt_state)
     assert jax.tree.map(lambda keep: keep.tolist(), nnx.to_pure_dict(held)) == {
-        "a": [[False, False, True]], "c": [True, True]}
+        "a": [[False, False, True]],
+        "c": [True, True],
+    }
     # Gradients of 1 leave nothing to shrink, and the survivors' momentum went on.
     np.testing.assert_allclose(model.a[...], [[0.0, 0.0, _momentum(3, [1] * 3)]], rtol=1e-6)
     np.testing.assert_allclose(model.c[...], [_momentum(w, [1] * 3) for w in (-4, 5)], rtol=1e-6)
@@ -374,12 +412,15 @@ def test_without_hold_zeros_prune_raises():
         sj.held_mask(TREE, tx.init(TREE))
 
 
-@pytest.mark.parametrize(("mask", "path"), [
-    (MASK | {"b": {"c": MASK["b"]["c"]}}, "b/d"),
-    (MASK | {"b": MASK["b"] | {"c": jnp.ones(3, bool)}}, "b/c"),
-    (MASK | {"a": jnp.ones((1, 3))}, "'a'"),
-    (MASK | {"a": True}, "'a'"),
-])
+@pytest.mark.parametrize(
+    ("mask", "path"),
+    [
+        (MASK | {"b": {"c": MASK["b"]["c"]}}, "b/d"),
+        (MASK | {"b": MASK["b"] | {"c": jnp.ones(3, bool)}}, "b/c"),
+        (MASK | {"a": jnp.ones((1, 3))}, "'a'"),
+        (MASK | {"a": True}, "'a'"),
+    ],
+)
 def test_a_mask_that_does_not_fit_is_named(mask, path):
     tx = sj.hold_zeros(SGD)
     with pytest.raises(ValueError, match=f"pruning_mask.*{path}"):
@@ -432,10 +473,11 @@ AROUND = {
     "apply_if_finite": optax.apply_if_finite(_counting(), 3),
     "MultiSteps": optax.MultiSteps(_counting(), 1).gradient_transformation(),
     "inject_hyperparams": optax.inject_hyperparams(
-        sj.add_selective_shrinkage, static_args=("strength", "irrelevance"))(
-            _one_two_three, sj.constant_irrelevance),
+        sj.add_selective_shrinkage, static_args=("strength", "irrelevance")
+    )(_one_two_three, sj.constant_irrelevance),
     "decoupled": sj.decouple_selective_shrinkage(
-        optax.set_to_zero(), _one_two_three, sj.constant_irrelevance),
+        optax.set_to_zero(), _one_two_three, sj.constant_irrelevance
+    ),
 }
 
 
@@ -455,29 +497,44 @@ def test_restart_touches_no_other_count(around):
     for _ in range(3):
         _, state = tx.update(W, state, W)
     changed = {}
-    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(state),
-                                jax.tree.leaves(sj.restart_shrinkage(state)), strict=True):
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(state),
+        jax.tree.leaves(sj.restart_shrinkage(state)),
+        strict=True,
+    ):
         if not np.array_equal(old, new):
             changed[jax.tree_util.keystr(path)] = (int(old), int(new))
     assert list(changed.values()) == [(3, 0)]
     assert state[0].count == 3  # Adam's, and it was among those compared
-    found = [node for node in jax.tree.leaves(
-        sj.restart_shrinkage(state), is_leaf=lambda n: isinstance(n, sj.SelectiveShrinkageState))
-        if isinstance(node, sj.SelectiveShrinkageState)]
+    found = [
+        node
+        for node in jax.tree.leaves(
+            sj.restart_shrinkage(state), is_leaf=lambda n: isinstance(n, sj.SelectiveShrinkageState)
+        )
+        if isinstance(node, sj.SelectiveShrinkageState)
+    ]
     assert [int(node.count) for node in found] == [0]
 
 
 def test_restart_finds_every_shrinkage():
-    tx = optax.chain(_counting(), optax.partition(
-        {"x": _counting(), "y": sj.selective_adamw(0.1, strength=_one_two_three)},
-        {"a": "x", "b": "y"}))
+    tx = optax.chain(
+        _counting(),
+        optax.partition(
+            {"x": _counting(), "y": sj.selective_adamw(0.1, strength=_one_two_three)},
+            {"a": "x", "b": "y"},
+        ),
+    )
     state = tx.init(W)
     _, state = tx.update(W, state, W)
 
     def counts(state):
-        return [int(node.count) for node in jax.tree.leaves(
-            state, is_leaf=lambda n: isinstance(n, sj.SelectiveShrinkageState))
-            if isinstance(node, sj.SelectiveShrinkageState)]
+        return [
+            int(node.count)
+            for node in jax.tree.leaves(
+                state, is_leaf=lambda n: isinstance(n, sj.SelectiveShrinkageState)
+            )
+            if isinstance(node, sj.SelectiveShrinkageState)
+        ]
 
     assert counts(state) == [1, 1, 1]
     assert counts(sj.restart_shrinkage(state)) == [0, 0, 0]
@@ -511,7 +568,8 @@ def test_multi_steps_count_optimizer_steps():
 def test_an_injected_schedule_does_not_restart_hence_static_args():
     # Read from inject_hyperparams' own count: what the docstring warns of.
     tx = optax.inject_hyperparams(sj.add_selective_shrinkage, static_args=("irrelevance",))(
-        _one_two_three, sj.constant_irrelevance)
+        _one_two_three, sj.constant_irrelevance
+    )
     values, state = _read(tx, tx.init(W), 2)
     values, _ = _read(tx, sj.restart_shrinkage(state), 1)
     assert values == [3.0]
@@ -519,14 +577,18 @@ def test_an_injected_schedule_does_not_restart_hence_static_args():
 
 def test_the_schedule_restarts_in_an_nnx_optimizer():
     model = _Model()
-    optimizer = nnx.Optimizer(model, sj.hold_zeros(sj.selective_adam(
-        0.1, strength=_one_two_three)), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model, sj.hold_zeros(sj.selective_adam(0.1, strength=_one_two_three)), wrt=nnx.Param
+    )
     for _ in range(2):
         optimizer.update(model, nnx.state(model, nnx.Param))
 
     def counts():
-        return [int(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer.opt_state)
-                if "count" in jax.tree_util.keystr(path)]
+        return [
+            int(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer.opt_state)
+            if "count" in jax.tree_util.keystr(path)
+        ]
 
     assert counts() == [2, 2]
     optimizer.opt_state = sj.restart_shrinkage(optimizer.opt_state)

@@ -51,7 +51,8 @@ def held():
 def loop(tx, train=idle, evaluate=share_left, propose=None, bound=0.5, **options):
     options = {"max_checks": 50} | options
     return sj.iterative_pruning(
-        tx, train, evaluate, propose or sj.fraction_step(0.1), bound, **options)
+        tx, train, evaluate, propose or sj.fraction_step(0.1), bound, **options
+    )
 
 
 def run(pruning, record):
@@ -75,12 +76,13 @@ def test_prunes_by_the_fraction_until_the_bound():
         if metric < 0.5:
             break
         good = list(left)
-        left = left[round(0.1 * len(left)):]
+        left = left[round(0.1 * len(left)) :]
     got = [(check.metric, check.sparsity) for check in history]
-    np.testing.assert_allclose(got[:len(wanted)], wanted, rtol=1e-6)
+    np.testing.assert_allclose(got[: len(wanted)], wanted, rtol=1e-6)
     np.testing.assert_array_equal(kept_weights(state.good), good)
     assert [check.pruned for check in history] == [True] * (len(wanted) - 1) + [False] * (
-        20 - len(wanted) + 1)
+        20 - len(wanted) + 1
+    )
     assert state.progress.good_metric == pytest.approx(sum(good) / 210)
     assert len(history) == 20
     assert not state.progress.stopped
@@ -90,13 +92,24 @@ def test_goes_back_and_tries_a_smaller_step():
     tx = held()
     state, history = run(
         loop(tx, propose=sj.fraction_step(0.4), recovery=2, back_off=0.5, smallest_scale=0.2),
-        start(tx))
+        start(tx),
+    )
     actions = [check.action for check in history]
     # 20 -> 12 weights (9..20, 174/210) -> 7 (14..20, 119/210) -> 4, too few, two checks, back to 7;
     # scale 1/2: round(0.2 * 7) = 1 -> 6 (105/210 = the bound) -> 5, too few, two checks, back to 6;
     # scale 1/4: round(0.1 * 6) = 1 -> 5 again, two checks, back to 6, and 1/8 is too small.
-    assert actions == ["pruned", "pruned", "pruned", "trains on", "went back", "pruned",
-                       "trains on", "went back", "trains on", "went back"]
+    assert actions == [
+        "pruned",
+        "pruned",
+        "pruned",
+        "trains on",
+        "went back",
+        "pruned",
+        "trains on",
+        "went back",
+        "trains on",
+        "went back",
+    ]
     assert [check.stopped for check in history] == [False] * 9 + [True]
     assert [check.kept for check in history] == [20, 12, 7, 4, 4, 6, 5, 5, 5, 5]
     np.testing.assert_array_equal(kept_weights(state.good), MAGNITUDES[14:])
@@ -110,8 +123,9 @@ def test_recovery_counts_checks_and_starts_anew_after_each_pruning():
     # The metric as a function of the step alone: misses 2, meets, misses 2, meets ... never 3 in a
     # row, so with recovery=3 it never goes back.
     series = iter([1.0] + [1.0, 0.0, 0.0] * 5)
-    state, history = run(loop(tx, evaluate=lambda params: next(series), recovery=3, max_checks=15),
-                         start(tx))
+    state, history = run(
+        loop(tx, evaluate=lambda params: next(series), recovery=3, max_checks=15), start(tx)
+    )
     assert [check.action for check in history] == ["pruned", "trains on", "trains on"] * 5
     assert int(state.progress.retreats) == 0
 
@@ -127,12 +141,13 @@ def test_a_metric_to_minimise():
     np.testing.assert_array_equal(kept_weights(state.good), kept_weights(other.good))
 
 
-@pytest.mark.parametrize(("mode", "dense", "bound"), [
-    ("max", 0.8, 0.72), ("min", 2.0, 2.2), ("max", -2.0, -2.2), ("min", -2.0, -1.8)])
+@pytest.mark.parametrize(
+    ("mode", "dense", "bound"),
+    [("max", 0.8, 0.72), ("min", 2.0, 2.2), ("max", -2.0, -2.2), ("min", -2.0, -1.8)],
+)
 def test_relative_bound(mode, dense, bound):
     tx = held()
-    pruning = loop(tx, evaluate=lambda params: dense, mode=mode,
-                   bound=sj.relative_bound(0.1, mode))
+    pruning = loop(tx, evaluate=lambda params: dense, mode=mode, bound=sj.relative_bound(0.1, mode))
     state = pruning.init(start(tx))
     assert state.progress.bound == pytest.approx(bound)
     assert state.progress.dense_metric == dense
@@ -141,8 +156,9 @@ def test_relative_bound(mode, dense, bound):
 def test_stops_when_the_metric_only_worsens():
     tx = held()
     series = iter([9.0, 9.0, 8.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
-    _, history = run(loop(tx, evaluate=lambda params: next(series), bound=1.0,
-                          stop_when_worsening=3), start(tx))
+    _, history = run(
+        loop(tx, evaluate=lambda params: next(series), bound=1.0, stop_when_worsening=3), start(tx)
+    )
     assert [check.metric for check in history] == [9, 8, 9, 8, 7, 6]
     assert history[-1].stopped
 
@@ -179,8 +195,9 @@ def test_shrinkage_restarts_at_each_pruning_and_adam_goes_on():
         for _ in range(3):
             gradients = jax.tree.map(jnp.zeros_like, record.params)
             updates, opt_state = tx.update(gradients, record.opt_state, record.params)
-            record = record._replace(params=optax.apply_updates(record.params, updates),
-                                     opt_state=opt_state)
+            record = record._replace(
+                params=optax.apply_updates(record.params, updates), opt_state=opt_state
+            )
         return record
 
     pruning = loop(tx, train)
@@ -205,8 +222,15 @@ def bisect(weights, tolerance, metric_of, evaluations=8, mode="max", floor=1):
 
     params = {"w": jnp.asarray(weights)[None]}
     situation = sj.Situation(
-        params, sj.full_mask(params), {"w": True}, float(metric_of(params["w"])), 3, 1.0, evaluate,
-        mode)
+        params,
+        sj.full_mask(params),
+        {"w": True},
+        float(metric_of(params["w"])),
+        3,
+        1.0,
+        evaluate,
+        mode,
+    )
     proposal = sj.bisection_step(tolerance, evaluations=evaluations, floor=floor)(situation)
     return proposal, tried
 
@@ -233,8 +257,7 @@ def test_bisection_finds_the_largest_share_within_the_tolerance(tolerance, mode)
 
 def test_bisection_takes_nan_and_a_rough_metric_as_misses():
     weights = np.arange(1.0, 101.0, dtype=np.float32)
-    proposal, tried = bisect(
-        weights, 0.1, lambda w: 1.0 if int(jnp.sum(w != 0)) > 70 else math.nan)
+    proposal, tried = bisect(weights, 0.1, lambda w: 1.0 if int(jnp.sum(w != 0)) > 70 else math.nan)
     assert int(proposal.pruning_mask["w"].sum()) in tried
     assert int(proposal.pruning_mask["w"].sum()) == 71
     proposal, tried = bisect(weights, 0.1, lambda w: float(int(jnp.sum(w != 0)) == 100))
@@ -250,8 +273,13 @@ def test_bisection_waits_for_a_plateau_and_compiles_the_evaluation_once():
         traces.append(None)
         return share_left(params)
 
-    pruning = loop(tx, evaluate=evaluate, bound=0.3, max_checks=20,
-                   propose=sj.bisection_step(0.2, patience=3, evaluations=6))
+    pruning = loop(
+        tx,
+        evaluate=evaluate,
+        bound=0.3,
+        max_checks=20,
+        propose=sj.bisection_step(0.2, patience=3, evaluations=6),
+    )
     _, history = run(pruning, start(tx))
     assert len(traces) == 1
     pruned = [check.check for check in history if check.pruned]
@@ -265,14 +293,18 @@ def test_bisection_waits_for_a_plateau_and_compiles_the_evaluation_once():
 
 def test_bisection_goes_back_with_a_smaller_tolerance():
     tx = held()
+
     # Training ruins what a pruning of more than 6 weights leaves.
     def train(record):
         kept = int(jnp.sum(record.params["w"] != 0))
         return record._replace(step=jnp.int32(kept < 14))
 
     def evaluate(params):
-        return share_left(params) if int(jnp.sum(params["w"] != 0)) >= 14 else share_left(
-            params) - 0.001
+        return (
+            share_left(params)
+            if int(jnp.sum(params["w"] != 0)) >= 14
+            else share_left(params) - 0.001
+        )
 
     pruning = loop(tx, train, evaluate, sj.bisection_step(0.3, patience=1), bound=0.85, recovery=1)
     state, history = run(pruning, start(tx))
@@ -289,8 +321,10 @@ def mlp_task():
     inputs = random.normal(size=(64, 8)).astype(np.float32)
     targets = (inputs[:, :1] * inputs[:, 1:2] + inputs[:, 2:3]).astype(np.float32)
     tx = sj.hold_zeros(sj.selective_adam(1e-2, strength=sj.paper_strength(1e-3, 20)))
-    params = {"w1": jnp.asarray(random.normal(size=(8, 16)) / 3, jnp.float32),
-              "w2": jnp.asarray(random.normal(size=(16, 1)) / 4, jnp.float32)}
+    params = {
+        "w1": jnp.asarray(random.normal(size=(8, 16)) / 3, jnp.float32),
+        "w2": jnp.asarray(random.normal(size=(16, 1)) / 4, jnp.float32),
+    }
 
     @jax.jit
     def loss(params):
@@ -301,15 +335,24 @@ def mlp_task():
         def step(record, _):
             key, now = jax.random.split(record.step)
             noisy = jax.tree.map(
-                lambda w: w + 1e-3 * jax.random.normal(now, w.shape), record.params)
+                lambda w: w + 1e-3 * jax.random.normal(now, w.shape), record.params
+            )
             updates, opt_state = tx.update(jax.grad(loss)(noisy), record.opt_state, record.params)
             return Record(optax.apply_updates(record.params, updates), opt_state, key), None
 
         return jax.lax.scan(step, record, length=10)[0]
 
     pruning = sj.iterative_pruning(
-        tx, train, loss, sj.fraction_step(0.15), sj.relative_bound(0.3, "min"), mode="min",
-        max_checks=25, steps_per_check=10, recovery=3)
+        tx,
+        train,
+        loss,
+        sj.fraction_step(0.15),
+        sj.relative_bound(0.3, "min"),
+        mode="min",
+        max_checks=25,
+        steps_per_check=10,
+        recovery=3,
+    )
     record = Record(params, tx.init(params), jax.random.PRNGKey(7))
     for _ in range(20):
         record = train(record)
@@ -354,7 +397,8 @@ def test_resumed_run_is_bit_identical(tmp_path):
     for one, other in zip(old[0], new[0], strict=True):
         np.testing.assert_array_equal(one, other)
     assert [sj.check_from_json(line)._replace(seconds=0) for line in lines] == [
-        check._replace(seconds=0) for check in history]
+        check._replace(seconds=0) for check in history
+    ]
 
 
 def test_flax_train_state_is_a_record():
@@ -375,8 +419,11 @@ def test_records():
     seen = []
     pruning = loop(tx, max_checks=3, steps_per_check=250)
     params = {"dead": None, "w": jnp.asarray(MAGNITUDES).reshape(4, 5), "bias": jnp.ones(5)}
-    _, history = sj.run_pruning(pruning, pruning.init(Record(params, tx.init(params))),
-                                on_check=lambda state, check: seen.append((state, check)))
+    _, history = sj.run_pruning(
+        pruning,
+        pruning.init(Record(params, tx.init(params))),
+        on_check=lambda state, check: seen.append((state, check)),
+    )
     assert [check for _, check in seen] == history
     check = history[1]
     assert (check.check, check.step, check.kept, check.evaluations) == (2, 500, 23, 1)
@@ -408,8 +455,9 @@ def test_fine_tune_keeps_zeros_and_the_best():
         move = next(moves)
         gradients = jax.tree.map(lambda w: jnp.full_like(w, -move), record.params)
         updates, opt_state = tune_tx.update(gradients, record.opt_state, record.params)
-        return record._replace(params=optax.apply_updates(record.params, updates),
-                               opt_state=opt_state)
+        return record._replace(
+            params=optax.apply_updates(record.params, updates), opt_state=opt_state
+        )
 
     record, metric = sj.fine_tune(state.good, tune_tx, tune, share_left, intervals=3)
     wanted = np.where(zeros, 0, np.asarray(state.good.params["w"]) + 6)
@@ -442,13 +490,16 @@ def other_optimizer(record):
     return record._replace(opt_state=optax.adam(0.1).init(record.params))
 
 
-@pytest.mark.parametrize(("train", "message"), [
-    (noisy, "2 pruned entries of 'w' are not 0"),
-    (forgetful, "mask in the optimizer state has changed at 2"),
-    (other_optimizer, "holds no pruning mask"),
-    (lambda record: record._replace(params={"v": record.params["w"]}), "another structure"),
-    (lambda record: record._asdict(), "NamedTuple or a dataclass"),
-])
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (noisy, "2 pruned entries of 'w' are not 0"),
+        (forgetful, "mask in the optimizer state has changed at 2"),
+        (other_optimizer, "holds no pruning mask"),
+        (lambda record: record._replace(params={"v": record.params["w"]}), "another structure"),
+        (lambda record: record._asdict(), "NamedTuple or a dataclass"),
+    ],
+)
 def test_train_that_breaks_the_rules(train, message):
     tx = held()
     calls = []
@@ -465,9 +516,15 @@ def test_train_that_breaks_the_rules(train, message):
     np.testing.assert_array_equal(kept_weights(raised.value.state.current), MAGNITUDES[2:])
 
 
-@pytest.mark.parametrize(("metric", "message"), [
-    (math.nan, "metric is nan"), (math.inf, "metric is inf"), (np.ones(2), r"shape \(2,\)"),
-    ("good", "must return one number")])
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (math.nan, "metric is nan"),
+        (math.inf, "metric is inf"),
+        (np.ones(2), r"shape \(2,\)"),
+        ("good", "must return one number"),
+    ],
+)
 def test_metric_that_is_none(metric, message):
     tx = held()
     with pytest.raises(sj.PruningError, match=message):
@@ -492,20 +549,23 @@ def test_nothing_to_prune():
         loop(tx).init(Record(params, tx.init(params)))
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: sj.fraction_step(0.0), "fraction=0.0"),
-    (lambda: sj.fraction_step(1.5), "fraction=1.5"),
-    (lambda: sj.bisection_step(0.0), "tolerance=0.0"),
-    (lambda: sj.bisection_step(0.1, evaluations=0), "evaluations"),
-    (lambda: sj.relative_bound(1.0), "tolerance=1.0"),
-    (lambda: sj.relative_bound(0.1, "up"), "mode='up'"),
-    (lambda: loop(held(), mode="up"), "mode='up'"),
-    (lambda: loop(held(), max_checks=0), "max_checks"),
-    (lambda: loop(held(), recovery=0), "recovery=0"),
-    (lambda: loop(held(), back_off=1.0), "back_off=1.0"),
-    (lambda: loop(held(), smallest_scale=0.0), "smallest_scale=0.0"),
-    (lambda: loop(held(), stop_when_worsening=0), "stop_when_worsening=0"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sj.fraction_step(0.0), "fraction=0.0"),
+        (lambda: sj.fraction_step(1.5), "fraction=1.5"),
+        (lambda: sj.bisection_step(0.0), "tolerance=0.0"),
+        (lambda: sj.bisection_step(0.1, evaluations=0), "evaluations"),
+        (lambda: sj.relative_bound(1.0), "tolerance=1.0"),
+        (lambda: sj.relative_bound(0.1, "up"), "mode='up'"),
+        (lambda: loop(held(), mode="up"), "mode='up'"),
+        (lambda: loop(held(), max_checks=0), "max_checks"),
+        (lambda: loop(held(), recovery=0), "recovery=0"),
+        (lambda: loop(held(), back_off=1.0), "back_off=1.0"),
+        (lambda: loop(held(), smallest_scale=0.0), "smallest_scale=0.0"),
+        (lambda: loop(held(), stop_when_worsening=0), "stop_when_worsening=0"),
+    ],
+)
 def test_arguments_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()

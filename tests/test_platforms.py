@@ -24,20 +24,27 @@ def lower(function, *args):
     exported = export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
     assert exported.platforms == PLATFORMS
     assert jax.tree.map(lambda a: (a.shape, a.dtype), list(exported.out_avals)) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), jax.tree.leaves(jax.eval_shape(function, *shapes)))
+        lambda a: (a.shape, a.dtype), jax.tree.leaves(jax.eval_shape(function, *shapes))
+    )
 
 
 def mlp(seed=0):
     rng = np.random.default_rng(seed)
-    return {f"layer_{i}": {"kernel": jnp.asarray(rng.normal(size=size), jnp.float32) / 3,
-                           "bias": jnp.asarray(rng.normal(size=size[1]), jnp.float32)}
-            for i, size in enumerate(itertools.pairwise(SIZES))}
+    return {
+        f"layer_{i}": {
+            "kernel": jnp.asarray(rng.normal(size=size), jnp.float32) / 3,
+            "bias": jnp.asarray(rng.normal(size=size[1]), jnp.float32),
+        }
+        for i, size in enumerate(itertools.pairwise(SIZES))
+    }
 
 
 def batch(seed=1):
     rng = np.random.default_rng(seed)
-    return (jnp.asarray(rng.normal(size=(8, SIZES[0])), jnp.float32),
-            jnp.asarray(rng.normal(size=(8, SIZES[-1])), jnp.float32))
+    return (
+        jnp.asarray(rng.normal(size=(8, SIZES[0])), jnp.float32),
+        jnp.asarray(rng.normal(size=(8, SIZES[-1])), jnp.float32),
+    )
 
 
 def loss(params, inputs, targets):
@@ -80,20 +87,26 @@ HELD = TRANSFORMATIONS["hold"]
 
 
 def _rules(params, pruning_mask):
-    return sj.mask_by_rules(params, {
-        "layer_0/kernel": functools.partial(sj.mask_n_of_m, n=2, m=4),
-        "layer_1/kernel": functools.partial(sj.mask_by_sparsity, sparsity=0.5),
-        ".*": None,
-    }, pruning_mask=pruning_mask)
+    return sj.mask_by_rules(
+        params,
+        {
+            "layer_0/kernel": functools.partial(sj.mask_n_of_m, n=2, m=4),
+            "layer_1/kernel": functools.partial(sj.mask_by_sparsity, sparsity=0.5),
+            ".*": None,
+        },
+        pruning_mask=pruning_mask,
+    )
 
 
 MASKS = {
     "full_mask": lambda p, m, amount: sj.full_mask(p),
     "mask_by_threshold": lambda p, m, amount: sj.mask_by_threshold(p, amount, pruning_mask=m),
     "mask_by_sparsity": lambda p, m, amount: sj.mask_by_sparsity(
-        p, amount, scope="tensor", pruning_mask=m),
+        p, amount, scope="tensor", pruning_mask=m
+    ),
     "mask_by_sparsity, global": lambda p, m, amount: sj.mask_by_sparsity(
-        p, amount, scope="global", pruning_mask=m, exact_ties=True),
+        p, amount, scope="global", pruning_mask=m, exact_ties=True
+    ),
     "mask_by_fraction": lambda p, m, amount: sj.mask_by_fraction(p, amount, pruning_mask=m),
     "mask_n_of_m": lambda p, m, amount: sj.mask_n_of_m(p, n=2, m=4, pruning_mask=m),
     "mask_blocks": lambda p, m, amount: sj.mask_blocks(p, amount, (2, 2), pruning_mask=m),
@@ -108,21 +121,37 @@ def test_masks_lower(name):
     lower(MASKS[name], params, sj.full_mask(params), jnp.float32(0.5))
 
 
-@pytest.mark.parametrize("function", [
-    sj.apply_mask,
-    lambda params, mask: sj.sparsity(mask),
-    lambda params, mask: sj.union(mask, mask),
-    lambda params, mask: sj.intersection(mask, mask),
-    lambda params, mask: sj.overlap(mask, mask),
-    lambda params, mask: sj.pack_mask(mask),
-    lambda params, mask: sj.unpack_mask(sj.pack_mask(mask), params),
-    lambda params, mask: sj.selective_penalty(params, params, relative=True),
-    lambda params, mask: jax.grad(sj.selective_penalty)(params, params),
-    lambda params, mask: sj.prune(HELD, params, HELD.init(params), mask),
-    lambda params, mask: sj.restart_shrinkage(HELD.init(params)),
-    lambda params, mask: sj.held_mask(params, HELD.init(params)),
-], ids=["apply_mask", "sparsity", "union", "intersection", "overlap", "pack_mask", "unpack_mask",
-        "selective_penalty", "its gradient", "prune", "restart_shrinkage", "held_mask"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        sj.apply_mask,
+        lambda params, mask: sj.sparsity(mask),
+        lambda params, mask: sj.union(mask, mask),
+        lambda params, mask: sj.intersection(mask, mask),
+        lambda params, mask: sj.overlap(mask, mask),
+        lambda params, mask: sj.pack_mask(mask),
+        lambda params, mask: sj.unpack_mask(sj.pack_mask(mask), params),
+        lambda params, mask: sj.selective_penalty(params, params, relative=True),
+        lambda params, mask: jax.grad(sj.selective_penalty)(params, params),
+        lambda params, mask: sj.prune(HELD, params, HELD.init(params), mask),
+        lambda params, mask: sj.restart_shrinkage(HELD.init(params)),
+        lambda params, mask: sj.held_mask(params, HELD.init(params)),
+    ],
+    ids=[
+        "apply_mask",
+        "sparsity",
+        "union",
+        "intersection",
+        "overlap",
+        "pack_mask",
+        "unpack_mask",
+        "selective_penalty",
+        "its gradient",
+        "prune",
+        "restart_shrinkage",
+        "held_mask",
+    ],
+)
 def test_functions_of_params_and_mask_lower(function):
     params = mlp()
     lower(function, params, sj.full_mask(params))
@@ -146,10 +175,11 @@ def test_a_whole_interval_lowers():
     lower(interval, params, HELD.init(params), inputs, targets, jnp.float32(0.2))
 
 
-@pytest.mark.parametrize("tx", [
-    HELD,
-    pytest.param(sj.hold_zeros(sj.selective_adamw(0.1)), marks=pytest.mark.slow)],
-    ids=["coupled", "decoupled"])
+@pytest.mark.parametrize(
+    "tx",
+    [HELD, pytest.param(sj.hold_zeros(sj.selective_adamw(0.1)), marks=pytest.mark.slow)],
+    ids=["coupled", "decoupled"],
+)
 def test_a_sharded_training_step_is_the_unsharded_one(tx):
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
 
@@ -158,8 +188,9 @@ def test_a_sharded_training_step_is_the_unsharded_one(tx):
         return jax.device_put(leaf, NamedSharding(mesh, spec))
 
     def sharding_kept(new, old):
-        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old),
-                                strict=True):
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old), strict=True
+        ):
             assert a.sharding.is_equivalent_to(b.sharding, b.ndim), jax.tree_util.keystr(path)
 
     params = mlp()
@@ -171,8 +202,7 @@ def test_a_sharded_training_step_is_the_unsharded_one(tx):
 
     sharded = jax.tree_util.tree_map_with_path(place, params)
     state = jax.tree_util.tree_map_with_path(place, tx.init(params))
-    got, got_state = prune(sharded, state, jax.tree_util.tree_map_with_path(
-        place, pruning_mask))
+    got, got_state = prune(sharded, state, jax.tree_util.tree_map_with_path(place, pruning_mask))
     sharding_kept((got, got_state), (sharded, state))
     for seed in (1, 2):
         inputs, targets = (jax.device_put(a, NamedSharding(mesh, P("data"))) for a in batch(seed))
@@ -188,8 +218,13 @@ def test_a_sharded_training_step_is_the_unsharded_one(tx):
 def test_a_sharded_mask_is_the_unsharded_one():
     mesh = Mesh(np.array(jax.devices()[:8]), ("x",))
     params = mlp()
-    sharded = {name: {"kernel": jax.device_put(layer["kernel"], NamedSharding(mesh, P(None, "x"))),
-                      "bias": layer["bias"]} for name, layer in params.items()}
+    sharded = {
+        name: {
+            "kernel": jax.device_put(layer["kernel"], NamedSharding(mesh, P(None, "x"))),
+            "bias": layer["bias"],
+        }
+        for name, layer in params.items()
+    }
     rule = jax.jit(sj.mask_by_fraction)
     got, want = rule(sharded, 0.3), rule(params, 0.3)
     jax.tree.map(np.testing.assert_array_equal, got, want)

@@ -73,12 +73,16 @@ def test_a_rule_refines_and_leaves_the_others_alone(rule):
     check_pruning_mask(params, once)
     assert out(once["encoder"]["bias"]) == [0]
     assert out(once["encoder"]["kernel"])[0] > 0
-    given = jax.tree.map(lambda keep: keep & jnp.asarray(
-        np.random.default_rng(3).random(keep.shape) < 0.6), full_mask(params))
+    given = jax.tree.map(
+        lambda keep: keep & jnp.asarray(np.random.default_rng(3).random(keep.shape) < 0.6),
+        full_mask(params),
+    )
     given["steps"] = jnp.array(True)
     # Other weights now: what is out stays out although its weight is the largest.
-    twice = RULES[rule](jax.tree.map(lambda p, k: jnp.where(k, p, 9) if p.ndim else p,
-                                     params, given), pruning_mask=given)
+    twice = RULES[rule](
+        jax.tree.map(lambda p, k: jnp.where(k, p, 9) if p.ndim else p, params, given),
+        pruning_mask=given,
+    )
     for before, after in zip(jax.tree.leaves(given), jax.tree.leaves(twice), strict=True):
         assert not np.any(np.asarray(after) & ~np.asarray(before))
     assert_same(twice["encoder"]["bias"], given["encoder"]["bias"])
@@ -88,12 +92,14 @@ def test_a_rule_refines_and_leaves_the_others_alone(rule):
 def test_a_rule_is_the_same_under_jit_and_vmap(rule):
     trees = [model(seed) for seed in (0, 10, 20)]
     given = [mask_by_sparsity(params, 0.2) for params in trees]
-    eager = [RULES[rule](params, pruning_mask=mask)
-             for params, mask in zip(trees, given, strict=True)]
+    eager = [
+        RULES[rule](params, pruning_mask=mask) for params, mask in zip(trees, given, strict=True)
+    ]
     with jax.numpy_dtype_promotion("strict"):
         mapped = jax.jit(jax.vmap(lambda p, m: RULES[rule](p, pruning_mask=m)))(
             jax.tree.map(lambda *x: jnp.stack(x), *trees),
-            jax.tree.map(lambda *x: jnp.stack(x), *given))
+            jax.tree.map(lambda *x: jnp.stack(x), *given),
+        )
     assert_same(mapped, jax.tree.map(lambda *x: jnp.stack(x), *eager))
 
 
@@ -110,8 +116,10 @@ def test_a_rule_lowers_for_every_platform(rule):
 def test_masks_are_sharded_like_the_params(rule):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("a", "b"))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
-    params = {"w": jax.device_put(normal(0, 64, 256), spec),
-              "v": jax.device_put(normal(1, 16, 128), spec)}
+    params = {
+        "w": jax.device_put(normal(0, 64, 256), spec),
+        "v": jax.device_put(normal(1, 16, 128), spec),
+    }
     mask = RULES[rule](params)
     assert_same(mask, RULES[rule](jax.device_get(params)))
     for keep in jax.tree.leaves(mask):
@@ -148,9 +156,11 @@ def test_containers(kind):
     assert_same(unpack_mask(pack_mask(mask), params), mask)
     assert_same(unpack_mask(pack_mask(mask), mask), mask)
     assert [row.kept for row in pruning.summary(params, mask)] == [
-        int(keep.sum()) for keep in jax.tree.leaves(mask) if keep.ndim]
-    assert_same(mask_by_rules(params, {".*": RULES["fraction"]}),
-                mask_by_fraction(params, 0.3, mask=None))
+        int(keep.sum()) for keep in jax.tree.leaves(mask) if keep.ndim
+    ]
+    assert_same(
+        mask_by_rules(params, {".*": RULES["fraction"]}), mask_by_fraction(params, 0.3, mask=None)
+    )
 
 
 def test_empty_scalar_and_zero_size():
@@ -308,32 +318,40 @@ def test_n_of_m(n, m, axis):
     w = np.random.default_rng(0).integers(-4, 4, (3, 10, 9)).astype(np.float32)
     w[0, 0, 0] = np.nan
     given = np.random.default_rng(1).random(w.shape) < 0.8
-    got = mask_n_of_m({"w": jnp.asarray(w)}, n, m, axis=axis,
-                      pruning_mask={"w": jnp.asarray(given)})["w"]
-    rows, keeps, gots = (np.moveaxis(x, axis, -1).reshape(-1, w.shape[axis])
-                         for x in (w, given, np.asarray(got)))
+    got = mask_n_of_m(
+        {"w": jnp.asarray(w)}, n, m, axis=axis, pruning_mask={"w": jnp.asarray(given)}
+    )["w"]
+    rows, keeps, gots = (
+        np.moveaxis(x, axis, -1).reshape(-1, w.shape[axis]) for x in (w, given, np.asarray(got))
+    )
     for row, keep, new in zip(rows, keeps, gots, strict=True):
         for start in range(0, len(row), m):
-            group = np.abs(row[start:start + m])
+            group = np.abs(row[start : start + m])
             quota = -(-len(group) * n // m)
             alive = [i for i in range(len(group)) if keep[start + i]]
             alive.sort(key=lambda i: (np.isnan(group[i]), group[i], i))
-            expected = np.isin(np.arange(len(group)), alive[max(len(alive) - quota, 0):])
-            np.testing.assert_array_equal(new[start:start + m], expected)
+            expected = np.isin(np.arange(len(group)), alive[max(len(alive) - quota, 0) :])
+            np.testing.assert_array_equal(new[start : start + m], expected)
 
 
 def test_blocks():
     w = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
     given = np.random.default_rng(1).random(w.shape) < 0.7
     given[0, :2, :3] = False  # a block that is out already
-    got = mask_blocks({"w": jnp.asarray(w)}, 0.4, (2, 3),
-                      pruning_mask={"w": jnp.asarray(given)})["w"]
-    tiles = [(i, slice(j, j + 2), slice(k, k + 3))
-             for i in range(2) for j in range(0, 5, 2) for k in range(0, 7, 3)]
-    norms = [np.sqrt(np.sum(np.square(np.where(given, w, 0)[tile]), dtype=np.float64))
-             for tile in tiles]
+    got = mask_blocks({"w": jnp.asarray(w)}, 0.4, (2, 3), pruning_mask={"w": jnp.asarray(given)})[
+        "w"
+    ]
+    tiles = [
+        (i, slice(j, j + 2), slice(k, k + 3))
+        for i in range(2)
+        for j in range(0, 5, 2)
+        for k in range(0, 7, 3)
+    ]
+    norms = [
+        np.sqrt(np.sum(np.square(np.where(given, w, 0)[tile]), dtype=np.float64)) for tile in tiles
+    ]
     expected = given.copy()
-    for i in np.argsort(norms)[:round(0.4 * len(tiles))]:
+    for i in np.argsort(norms)[: round(0.4 * len(tiles))]:
         expected[tiles[i]] = False
     np.testing.assert_array_equal(got, expected)
 
@@ -351,8 +369,10 @@ def test_block_norms_neither_overflow_nor_vanish():
 def test_units():
     params = {"narrow": normal(0, 4, 10), "wide": normal(1, 3, 3, 30, 8), "bias": normal(2, 10)}
     mask = mask_units(params, 0.5)
-    rms = {k: np.sqrt(np.mean(np.square(params[k]), axis=tuple(range(params[k].ndim - 1))))
-           for k in ("narrow", "wide")}
+    rms = {
+        k: np.sqrt(np.mean(np.square(params[k]), axis=tuple(range(params[k].ndim - 1))))
+        for k in ("narrow", "wide")
+    }
     bound = np.sort(np.concatenate(list(rms.values())))[8]
     for k, values in rms.items():
         np.testing.assert_array_equal(mask[k], np.broadcast_to(values > bound, params[k].shape))
@@ -366,16 +386,20 @@ def test_units():
 def test_rules_by_path():
     params = model()
     half = partial(mask_by_sparsity, sparsity=0.5)
-    mask = mask_by_rules(params, {
-        "encoder/kernel": partial(mask_n_of_m, n=1, m=3, axis=0),
-        ".*/bias": None,
-        "decoder/.*": half,
-    })
+    mask = mask_by_rules(
+        params,
+        {
+            "encoder/kernel": partial(mask_n_of_m, n=1, m=3, axis=0),
+            ".*/bias": None,
+            "decoder/.*": half,
+        },
+    )
     assert_same(mask["encoder"]["kernel"], mask_n_of_m(params, 1, 3, axis=0)["encoder"]["kernel"])
     assert out(mask["encoder"]["bias"]) == [0]
     assert out(mask["decoder"]) == [15]
-    again = mask_by_rules(params, {".*": partial(mask_by_fraction, fraction=1.0, floor=0)},
-                          pruning_mask=mask)
+    again = mask_by_rules(
+        params, {".*": partial(mask_by_fraction, fraction=1.0, floor=0)}, pruning_mask=mask
+    )
     assert count_kept(again) == 1  # the stand-in of the step count
     with pytest.raises(ValueError, match="no pattern matches the leaves"):
         mask_by_rules(params, {"encoder/.*": half})
@@ -427,8 +451,9 @@ def test_errors_name_the_path_and_the_fix():
     params = model()
     good = full_mask(params)
     with pytest.raises(ValueError, match=r"'steps' where they have.*'encoder/kernel'"):
-        mask_by_fraction(params, 0.1, pruning_mask={
-            **good, "encoder": {"bias": good["encoder"]["bias"]}})
+        mask_by_fraction(
+            params, 0.1, pruning_mask={**good, "encoder": {"bias": good["encoder"]["bias"]}}
+        )
     with pytest.raises(ValueError, match="'encoder/bias' is bool of shape"):
         apply_mask(params, {**good, "encoder": {**good["encoder"], "bias": jnp.array(True)}})
     with pytest.raises(ValueError, match="'encoder/bias' is float32"):
@@ -440,8 +465,12 @@ def test_errors_name_the_path_and_the_fix():
     with pytest.raises(ValueError, match="mask=every_parameter"):
         mask_by_fraction({"b": jnp.ones(3)}, 0.1)
     for share in (-0.1, 1.1, float("nan"), 2):
-        for rule in (mask_by_sparsity, mask_by_fraction, mask_units,
-                     partial(mask_blocks, block=(2, 2))):
+        for rule in (
+            mask_by_sparsity,
+            mask_by_fraction,
+            mask_units,
+            partial(mask_blocks, block=(2, 2)),
+        ):
             with pytest.raises(ValueError, match=r"is not in \[0, 1\]"):
                 rule(params, share)
     with pytest.raises(ValueError, match="floor: -1"):

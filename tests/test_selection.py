@@ -37,33 +37,50 @@ def large(path, leaf):
 # Rules by path.
 
 
-@pytest.mark.parametrize(("rules", "want"), [
-    ({".*": True}, {"embed/table", "layers_0/kernel", "layers_0/bias", "layers_10/kernel",
-                    "layers_10/bias", "temperature"}),
-    # The whole path has to match: "layers_1" alone is no prefix search.
-    ({"layers_1.*": True, ".*": False}, {"layers_10/kernel", "layers_10/bias"}),
-    ({".*/kernel": True, ".*": False}, {"layers_0/kernel", "layers_10/kernel"}),
-    # The first that matches decides.
-    ({"layers_0/.*": False, ".*/kernel": True, ".*": False}, {"layers_10/kernel"}),
-    ({".*/kernel": True, "layers_0/.*": False, ".*": False},
-     {"layers_0/kernel", "layers_10/kernel"}),
-    # A predicate may decide, of path and leaf.
-    ({"embed/.*": False, ".*": large}, {"layers_10/kernel"}),
-    ({".*": lambda path, leaf: path.startswith("embed")}, {"embed/table"}),
-])
+@pytest.mark.parametrize(
+    ("rules", "want"),
+    [
+        (
+            {".*": True},
+            {
+                "embed/table",
+                "layers_0/kernel",
+                "layers_0/bias",
+                "layers_10/kernel",
+                "layers_10/bias",
+                "temperature",
+            },
+        ),
+        # The whole path has to match: "layers_1" alone is no prefix search.
+        ({"layers_1.*": True, ".*": False}, {"layers_10/kernel", "layers_10/bias"}),
+        ({".*/kernel": True, ".*": False}, {"layers_0/kernel", "layers_10/kernel"}),
+        # The first that matches decides.
+        ({"layers_0/.*": False, ".*/kernel": True, ".*": False}, {"layers_10/kernel"}),
+        (
+            {".*/kernel": True, "layers_0/.*": False, ".*": False},
+            {"layers_0/kernel", "layers_10/kernel"},
+        ),
+        # A predicate may decide, of path and leaf.
+        ({"embed/.*": False, ".*": large}, {"layers_10/kernel"}),
+        ({".*": lambda path, leaf: path.startswith("embed")}, {"embed/table"}),
+    ],
+)
 def test_rules_by_path(rules, want):
     selection = sj.by_path(PARAMS, rules)
     assert selected(selection(PARAMS)) == want
     assert jax.tree.structure(selection(PARAMS)) == jax.tree.structure(PARAMS)
 
 
-@pytest.mark.parametrize(("rules", "message"), [
-    ({"layers_1": True, ".*": False}, r"'layers_1'.*decide no leaf.*layers_10/kernel"),
-    ({".*": True, "embed/table": False}, r"'embed/table'.*decide no leaf"),  # never reached
-    ({"step": True, ".*": True}, r"'step'.*decide no leaf"),  # an integer leaf
-    ({".*/kernel": True}, r"no pattern matches.*embed/table.*layers_0/bias.*temperature"),
-    ({"(": True}, r"'\(' is not a regular expression"),
-])
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"layers_1": True, ".*": False}, r"'layers_1'.*decide no leaf.*layers_10/kernel"),
+        ({".*": True, "embed/table": False}, r"'embed/table'.*decide no leaf"),  # never reached
+        ({"step": True, ".*": True}, r"'step'.*decide no leaf"),  # an integer leaf
+        ({".*/kernel": True}, r"no pattern matches.*embed/table.*layers_0/bias.*temperature"),
+        ({"(": True}, r"'\(' is not a regular expression"),
+    ],
+)
 def test_rules_that_miss_are_an_error(rules, message):
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         sj.by_path(PARAMS, rules)
@@ -73,7 +90,8 @@ def test_no_rules_are_an_error_unless_there_is_nothing_to_rule():
     with pytest.raises(ValueError, match="no pattern matches"):
         sj.by_path(PARAMS, {})
     assert sj.by_path({"step": jnp.zeros(2, int)}, {})({"step": jnp.zeros(2, int)}) == {
-        "step": False}
+        "step": False
+    }
 
 
 def test_a_checked_selection_takes_any_tree():
@@ -86,9 +104,15 @@ def test_a_checked_selection_takes_any_tree():
     assert len(moments) == 2
 
 
-@pytest.mark.parametrize("form", [
-    lambda tree: tree, FrozenDict, lambda tree: jax.eval_shape(lambda: tree),
-    lambda tree: jax.tree.map(np.asarray, tree)])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda tree: tree,
+        FrozenDict,
+        lambda tree: jax.eval_shape(lambda: tree),
+        lambda tree: jax.tree.map(np.asarray, tree),
+    ],
+)
 def test_the_same_leaves_in_any_form(form):
     selection = sj.by_path(PARAMS, {".*/kernel": large, ".*": False})
     assert selected(selection(form(PARAMS))) == {"layers_10/kernel"}
@@ -126,8 +150,13 @@ def test_weights_are_the_default():
 
 def test_every_parameter_is_every_float():
     assert selected(sj.every_parameter(PARAMS)) == {
-        "embed/table", "layers_0/kernel", "layers_0/bias", "layers_10/kernel", "layers_10/bias",
-        "temperature"}
+        "embed/table",
+        "layers_0/kernel",
+        "layers_0/bias",
+        "layers_10/kernel",
+        "layers_10/bias",
+        "temperature",
+    }
 
 
 def test_by_predicate_asks_about_floats_alone():
@@ -157,8 +186,11 @@ def test_scanned_norm_scales_are_no_weights():
 
 
 def test_the_scale_is_a_name_not_a_substring():
-    params = {"scale": jnp.ones((2, 2)), "rescale": jnp.ones((2, 2)),
-              "scale_net": {"kernel": jnp.ones((2, 2))}}
+    params = {
+        "scale": jnp.ones((2, 2)),
+        "rescale": jnp.ones((2, 2)),
+        "scale_net": {"kernel": jnp.ones((2, 2))},
+    }
     assert selected(sj.weights(params)) == {"rescale", "scale_net/kernel"}
 
 
@@ -204,8 +236,11 @@ def test_a_masked_term_in_an_nnx_optimizer_shrinks_the_selected_leaf_alone():
     model = _Net(nnx.Rngs(0))
     params = nnx.state(model, nnx.Param)
     mask = sj.by_path(params, {"layer/kernel": True, ".*": False})
-    optimizer = nnx.Optimizer(model, optax.chain(
-        sj.add_selective_shrinkage(1.0, mask=mask), optax.scale(-0.5)), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model,
+        optax.chain(sj.add_selective_shrinkage(1.0, mask=mask), optax.scale(-0.5)),
+        wrt=nnx.Param,
+    )
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(params))
     optimizer.update(model, jax.tree.map(jnp.zeros_like, params))
     after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -225,12 +260,21 @@ def test_rng_counts_and_keys_are_never_selected():
     assert selected(resolve_mask(True, state)) == set(kinds) - rng
 
 
-@pytest.mark.parametrize(("leaf", "answer"), [
-    (jnp.ones(1), True), (jnp.ones(1, jnp.bfloat16), True), (np.ones(1, np.float16), True),
-    (jax.ShapeDtypeStruct((1,), jnp.float32), True), (1.0, True),
-    (jnp.ones(1, int), False), (jnp.ones(1, bool), False), (jnp.ones(1, complex), False),
-    (1, False), (True, False),
-])
+@pytest.mark.parametrize(
+    ("leaf", "answer"),
+    [
+        (jnp.ones(1), True),
+        (jnp.ones(1, jnp.bfloat16), True),
+        (np.ones(1, np.float16), True),
+        (jax.ShapeDtypeStruct((1,), jnp.float32), True),
+        (1.0, True),
+        (jnp.ones(1, int), False),
+        (jnp.ones(1, bool), False),
+        (jnp.ones(1, complex), False),
+        (1, False),
+        (True, False),
+    ],
+)
 def test_is_float(leaf, answer):
     assert is_float(leaf) is answer
 
@@ -242,15 +286,35 @@ def test_a_key_is_no_float():
 # A mask as users give it.
 
 
-@pytest.mark.parametrize(("mask", "want"), [
-    (None, {"embed/table", "layers_0/kernel", "layers_0/bias", "layers_10/kernel",
-            "layers_10/bias", "temperature"}),
-    (sj.weights, {"embed/table", "layers_0/kernel", "layers_10/kernel"}),
-    (False, set()),
-    ({"embed": True, "layers_0": {"kernel": True, "bias": False}, "layers_10": False,
-      "step": True, "temperature": False}, {"embed/table", "layers_0/kernel"}),
-    (lambda params: {name: name == "embed" for name in params}, {"embed/table"}),
-])
+@pytest.mark.parametrize(
+    ("mask", "want"),
+    [
+        (
+            None,
+            {
+                "embed/table",
+                "layers_0/kernel",
+                "layers_0/bias",
+                "layers_10/kernel",
+                "layers_10/bias",
+                "temperature",
+            },
+        ),
+        (sj.weights, {"embed/table", "layers_0/kernel", "layers_10/kernel"}),
+        (False, set()),
+        (
+            {
+                "embed": True,
+                "layers_0": {"kernel": True, "bias": False},
+                "layers_10": False,
+                "step": True,
+                "temperature": False,
+            },
+            {"embed/table", "layers_0/kernel"},
+        ),
+        (lambda params: {name: name == "embed" for name in params}, {"embed/table"}),
+    ],
+)
 def test_resolve_mask(mask, want):
     resolved = resolve_mask(mask, PARAMS)
     assert selected(resolved) == want
@@ -270,9 +334,15 @@ def test_only_python_bools_choose_leaves(leaf):
         resolve_mask(lambda params: mask, PARAMS)
 
 
-@pytest.mark.parametrize("mask", [
-    {"embed": True}, {"other": True}, [True, False],
-    jax.tree.map(lambda _: True, PARAMS) | {"temperature": {"deeper": True}}])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"embed": True},
+        {"other": True},
+        [True, False],
+        jax.tree.map(lambda _: True, PARAMS) | {"temperature": {"deeper": True}},
+    ],
+)
 def test_a_mask_of_another_structure_is_an_error(mask):
     with pytest.raises(ValueError, match="mask: its structure is not a prefix"):
         resolve_mask(mask, PARAMS)

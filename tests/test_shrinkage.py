@@ -26,10 +26,12 @@ def relative_rms(gradient):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_score_is_its_equation(name, dtype, x64, strict_dtypes):
     score, reference = SCORES[name]
-    gradient = jnp.concatenate([
-        jnp.asarray(np.random.default_rng(0).normal(size=999), dtype),
-        jnp.asarray(np.geomspace(1e-4, 200, 1000), dtype),
-    ])
+    gradient = jnp.concatenate(
+        [
+            jnp.asarray(np.random.default_rng(0).normal(size=999), dtype),
+            jnp.asarray(np.geomspace(1e-4, 200, 1000), dtype),
+        ]
+    )
     value = jax.jit(score)(gradient, gradient, jnp.asarray(0.5, dtype))
     exact = reference(np.asarray(gradient, np.float64), 0.5)
     assert value.dtype == gradient.dtype
@@ -54,8 +56,10 @@ def test_score_is_defined_everywhere(name, scale):
 
 def tree(seed, dtype=np.float64):
     random = np.random.default_rng(seed)
-    return {"a": random.normal(size=(3, 4)).astype(dtype),
-            "b": [random.normal(size=5).astype(dtype), random.normal(size=()).astype(dtype)]}
+    return {
+        "a": random.normal(size=(3, 4)).astype(dtype),
+        "b": [random.normal(size=5).astype(dtype), random.normal(size=()).astype(dtype)],
+    }
 
 
 def numpy_optimizer(core, decoupled, strength, score, alpha, lr=0.05):
@@ -83,10 +87,12 @@ def numpy_optimizer(core, decoupled, strength, score, alpha, lr=0.05):
 
 
 ALIASES = {
-    ("sgd", False): sj.selective_sgd, ("sgd", True): sj.selective_sgdw,
+    ("sgd", False): sj.selective_sgd,
+    ("sgd", True): sj.selective_sgdw,
     ("momentum", False): lambda lr, **k: sj.selective_sgd(lr, 0.9, **k),
     ("momentum", True): lambda lr, **k: sj.selective_sgdw(lr, 0.9, **k),
-    ("adam", False): sj.selective_adam, ("adam", True): sj.selective_adamw,
+    ("adam", False): sj.selective_adam,
+    ("adam", True): sj.selective_adamw,
 }
 
 
@@ -108,8 +114,12 @@ def test_hundred_steps_equal_numpy(core, decoupled, name, x64):
         gradients = tree(t + 1)
         updates, state = update(jax.tree.map(jnp.asarray, gradients), state, params)
         params = optax.apply_updates(params, updates)
-        expected = [optimizer(weight, gradient) for optimizer, weight, gradient in
-                    zip(optimizers, expected, jax.tree.leaves(gradients), strict=True)]
+        expected = [
+            optimizer(weight, gradient)
+            for optimizer, weight, gradient in zip(
+                optimizers, expected, jax.tree.leaves(gradients), strict=True
+            )
+        ]
         for got, wanted in zip(jax.tree.leaves(params), expected, strict=True):
             np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-12, err_msg=f"step {t}")
 
@@ -166,17 +176,21 @@ def test_penalty_and_its_gradient(name, relative, x64):
     def penalty(params):
         return sj.selective_penalty(params, gradients, 0.3, score, 0.7, relative, mask)
 
-    taken = [(w, g) for w, g, m in zip(*map(jax.tree.leaves, (tree(0), tree(1), mask)), strict=True)
-             if m]
+    taken = [
+        (w, g) for w, g, m in zip(*map(jax.tree.leaves, (tree(0), tree(1), mask)), strict=True) if m
+    ]
     alphas = [0.7 * (relative_rms(g) if relative else 1) for _, g in taken]
-    wanted = sum(0.15 * np.sum(w**2 * reference(g, alpha))
-                 for (w, g), alpha in zip(taken, alphas, strict=True))
+    wanted = sum(
+        0.15 * np.sum(w**2 * reference(g, alpha))
+        for (w, g), alpha in zip(taken, alphas, strict=True)
+    )
     np.testing.assert_allclose(penalty(params), wanted, rtol=1e-12)
 
     tx = sj.add_selective_shrinkage(0.3, score, 0.7, 0.0 if relative else None, mask)
     updates, _ = tx.update(gradients, tx.init(params), params)
-    for added, g, u in zip(*map(jax.tree.leaves, (jax.grad(penalty)(params), gradients, updates)),
-                           strict=True):
+    for added, g, u in zip(
+        *map(jax.tree.leaves, (jax.grad(penalty)(params), gradients, updates)), strict=True
+    ):
         np.testing.assert_allclose(added, u - g, rtol=1e-9, atol=1e-12)
 
 
@@ -198,8 +212,12 @@ def numpy_program(params, data, *, gamma, epoch, steps, prune_at, fraction, lr=1
         error = active @ weights["w2"] + weights["b2"] - targets
         back = 2 * error / error.size
         through = (back @ weights["w2"].T) * (hidden > 0)
-        g = {"w1": images.T @ through, "b1": through.sum(0), "w2": active.T @ back,
-             "b2": back.sum(0)}
+        g = {
+            "w1": images.T @ through,
+            "b1": through.sum(0),
+            "w2": active.T @ back,
+            "b2": back.sum(0),
+        }
         now = gamma * max(0, 1 - since / epoch)
         for name in weights:
             measured = g[name] * keep[name]
@@ -222,8 +240,12 @@ def numpy_program(params, data, *, gamma, epoch, steps, prune_at, fraction, lr=1
 
 def test_mlp_equals_the_authors_program(x64):
     random = np.random.default_rng(3)
-    params = {"w1": random.normal(size=(5, 7)), "b1": random.normal(size=7) / 2,
-              "w2": random.normal(size=(7, 2)), "b2": random.normal(size=2) / 2}
+    params = {
+        "w1": random.normal(size=(5, 7)),
+        "b1": random.normal(size=7) / 2,
+        "w2": random.normal(size=(7, 2)),
+        "b2": random.normal(size=2) / 2,
+    }
     data = random.normal(size=(16, 5)), random.normal(size=(16, 2))
     settings = {"gamma": 0.05, "epoch": 12, "prune_at": (15, 30), "fraction": 0.25}
     wanted, kept = numpy_program(params, data, steps=45, **settings)
@@ -232,8 +254,9 @@ def test_mlp_equals_the_authors_program(x64):
         hidden = jax.nn.relu(data[0] @ params["w1"] + params["b1"][None])
         return jnp.mean((hidden @ params["w2"] + params["b2"][None] - data[1]) ** 2)
 
-    tx = sj.hold_zeros(sj.selective_adam(
-        1e-2, strength=sj.paper_strength(settings["gamma"], settings["epoch"])))
+    tx = sj.hold_zeros(
+        sj.selective_adam(1e-2, strength=sj.paper_strength(settings["gamma"], settings["epoch"]))
+    )
     weights = jax.tree.map(jnp.asarray, params)
     state = tx.init(weights)
 
@@ -245,8 +268,13 @@ def test_mlp_equals_the_authors_program(x64):
     for t in range(1, 46):
         weights, state = step(weights, state)
         if t in settings["prune_at"]:
-            mask = sj.mask_by_fraction(weights, settings["fraction"], floor=0,
-                                       pruning_mask=state.pruning_mask, mask=sj.every_parameter)
+            mask = sj.mask_by_fraction(
+                weights,
+                settings["fraction"],
+                floor=0,
+                pruning_mask=state.pruning_mask,
+                mask=sj.every_parameter,
+            )
             weights, state = sj.prune(tx, weights, state, mask)
     for name in params:
         np.testing.assert_array_equal(state.pruning_mask[name], kept[name])
@@ -267,7 +295,8 @@ def test_relative_alpha_follows_the_running_rms(x64):
         running = 0.9 * running + 0.1 * relative_rms(gradient) if t else relative_rms(gradient)
         np.testing.assert_allclose(state.gradient_rms, running, rtol=1e-12)
         np.testing.assert_allclose(
-            updates - gradient, np.exp(-np.abs(gradient) / (0.5 * running)), atol=1e-9)
+            updates - gradient, np.exp(-np.abs(gradient) / (0.5 * running)), atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -353,11 +382,15 @@ def test_paper_strength_starts_one_step_in():
     np.testing.assert_allclose([schedule(t) for t in range(14)], wanted, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [
-    lambda strength: sj.add_selective_shrinkage(strength, sj.constant_irrelevance),
-    lambda strength: sj.decouple_selective_shrinkage(
-        optax.identity(), strength, sj.constant_irrelevance),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda strength: sj.add_selective_shrinkage(strength, sj.constant_irrelevance),
+        lambda strength: sj.decouple_selective_shrinkage(
+            optax.identity(), strength, sj.constant_irrelevance
+        ),
+    ],
+)
 def test_schedule_is_read_from_zero_and_again_after_restart(make):
     tx = make(lambda count: (1.0 + count) / 8)
     weight = jnp.ones(2)
@@ -373,11 +406,14 @@ def test_schedule_is_read_from_zero_and_again_after_restart(make):
 # Errors.
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    ({"strength": -1.0}, "strength=-1.0"),
-    ({"strength": 1.0, "alpha": 0.0}, "alpha=0.0"),
-    ({"strength": 1.0, "rms_decay": 1.0}, "rms_decay=1.0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"strength": -1.0}, "strength=-1.0"),
+        ({"strength": 1.0, "alpha": 0.0}, "alpha=0.0"),
+        ({"strength": 1.0, "rms_decay": 1.0}, "rms_decay=1.0"),
+    ],
+)
 def test_numbers_out_of_range(arguments, named):
     with pytest.raises(ValueError, match=named):
         sj.add_selective_shrinkage(**arguments)
@@ -388,10 +424,14 @@ def test_rate_out_of_range():
         sj.shrink_selectively(optax.sgd(0.1), -2)
 
 
-@pytest.mark.parametrize("tx", [
-    sj.add_selective_shrinkage(1.0), sj.decouple_selective_shrinkage(optax.identity(), 1.0),
-    sj.shrink_selectively(optax.sgd(0.1), 1.0),
-])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        sj.add_selective_shrinkage(1.0),
+        sj.decouple_selective_shrinkage(optax.identity(), 1.0),
+        sj.shrink_selectively(optax.sgd(0.1), 1.0),
+    ],
+)
 def test_params_are_needed(tx):
     with pytest.raises(ValueError, match=r"update\(gradients, state, params\)"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))

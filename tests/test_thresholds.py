@@ -29,8 +29,24 @@ def special(dtype, size, seed):
     rng = np.random.default_rng(seed)
     info = jnp.finfo(dtype)
     least = float(info.smallest_subnormal)
-    odd = np.array([0.0, -0.0, least, -least, 3 * least, float(info.tiny), float(info.max),
-                    -float(info.max), np.inf, -np.inf, np.nan, 1.0, -1.0, 1.0])
+    odd = np.array(
+        [
+            0.0,
+            -0.0,
+            least,
+            -least,
+            3 * least,
+            float(info.tiny),
+            float(info.max),
+            -float(info.max),
+            np.inf,
+            -np.inf,
+            np.nan,
+            1.0,
+            -1.0,
+            1.0,
+        ]
+    )
     values = np.where(rng.random(size) < 0.5, rng.choice(odd, size), rng.normal(size=size))
     return values.astype(dtype)
 
@@ -43,8 +59,13 @@ def order(values):
 
 @jax.jit
 def arithmetic(a, b):
-    return (thresholds.add(a, b), thresholds.subtract(a, b), thresholds.minimum(a, b),
-            thresholds.less(a, b), thresholds.equal(a, b))
+    return (
+        thresholds.add(a, b),
+        thresholds.subtract(a, b),
+        thresholds.minimum(a, b),
+        thresholds.less(a, b),
+        thresholds.equal(a, b),
+    )
 
 
 @pytest.mark.parametrize("a", EDGES)
@@ -122,20 +143,31 @@ def test_magnitudes_order_like_a_sort(dtype):
         key = np.asarray(thresholds.magnitude(jnp.asarray(values)))
         magnitudes, nan = order(values)
         assert key.dtype.itemsize == values.dtype.itemsize
-        np.testing.assert_array_equal(key.argsort(kind="stable"),
-                                      np.lexsort((np.arange(400), nan, magnitudes)))
+        np.testing.assert_array_equal(
+            key.argsort(kind="stable"), np.lexsort((np.arange(400), nan, magnitudes))
+        )
         same = (magnitudes[:, None] == magnitudes) & (nan[:, None] == nan)
         np.testing.assert_array_equal(key[:, None] == key, same)
 
 
-@pytest.mark.parametrize(("narrow", "wide"), [
-    (jnp.bfloat16, jnp.float32), (jnp.float16, jnp.float32), (jnp.float32, jnp.float64),
-    (jnp.bfloat16, jnp.float64), (jnp.float16, jnp.float64)])
+@pytest.mark.parametrize(
+    ("narrow", "wide"),
+    [
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float16, jnp.float32),
+        (jnp.float32, jnp.float64),
+        (jnp.bfloat16, jnp.float64),
+        (jnp.float16, jnp.float64),
+    ],
+)
 def test_widened_magnitudes_are_exact(narrow, wide):
     """All bit patterns of the half precisions, special ones of float32."""
     with x64():
-        values = (special(narrow, 400, 3) if narrow == jnp.float32
-                  else np.arange(2**16, dtype=np.uint16).view(narrow))
+        values = (
+            special(narrow, 400, 3)
+            if narrow == jnp.float32
+            else np.arange(2**16, dtype=np.uint16).view(narrow)
+        )
         got = np.asarray(jax.jit(partial(thresholds.magnitude, dtype=wide))(jnp.asarray(values)))
         infinity = np.array(np.inf, wide).view(got.dtype)
         own_infinity = np.array(np.inf, narrow).view(f"u{values.itemsize}")
@@ -187,8 +219,9 @@ def walk(leaves, keeps, count, floor, exact_ties):
     entries = sorted(
         (not_a_number, magnitude, leaf, index)
         for leaf, values in enumerate(leaves)
-        for index, (magnitude, not_a_number) in enumerate(zip(*map(np.ravel, order(values)),
-                                                              strict=True))
+        for index, (magnitude, not_a_number) in enumerate(
+            zip(*map(np.ravel, order(values)), strict=True)
+        )
         if keeps[leaf].flat[index]
     )
     room = [max(int(keep.sum()) - floor, 0) for keep in keeps]
@@ -208,8 +241,10 @@ def walk(leaves, keeps, count, floor, exact_ties):
 def pruned(leaves, keeps, count, floor, exact_ties):
     plans = thresholds.plan(leaves, keeps, [floor] * len(leaves), lambda n: count, exact_ties)
     dtype = thresholds.common_dtype(leaves)
-    return [thresholds.cut(leaf, keep, plan, dtype)
-            for leaf, keep, plan in zip(leaves, keeps, plans, strict=True)]
+    return [
+        thresholds.cut(leaf, keep, plan, dtype)
+        for leaf, keep, plan in zip(leaves, keeps, plans, strict=True)
+    ]
 
 
 DTYPES = {
@@ -226,16 +261,33 @@ DTYPES = {
 def test_plans_are_a_walk_in_order(dtypes, exact_ties):
     rng = np.random.default_rng(6)
     with x64():
-        leaves = [special(dtype, size, seed).reshape(shape) for seed, (dtype, shape, size) in
-                  enumerate(zip(DTYPES[dtypes], [(5, 4, 3), (17,), (), (0, 2)], [60, 17, 1, 0],
-                                strict=True))]
+        leaves = [
+            special(dtype, size, seed).reshape(shape)
+            for seed, (dtype, shape, size) in enumerate(
+                zip(DTYPES[dtypes], [(5, 4, 3), (17,), (), (0, 2)], [60, 17, 1, 0], strict=True)
+            )
+        ]
         full = [np.ones(leaf.shape, bool) for leaf in leaves]
         some = [np.asarray(rng.random(leaf.shape) < 0.7) for leaf in leaves]
-        for keeps, count, floor in [(full, 0, 1), (full, 1, 1), (full, 20, 0), (full, 33, 4),
-                                    (full, 70, 9), (full, 78, 0), (full, 10**12, 3), (some, 21, 1),
-                                    (some, 30, 8), (some, 3, 30)]:
-            got = pruned([jnp.asarray(leaf) for leaf in leaves], keeps, count_of(count),
-                         count_of(floor), exact_ties)
+        for keeps, count, floor in [
+            (full, 0, 1),
+            (full, 1, 1),
+            (full, 20, 0),
+            (full, 33, 4),
+            (full, 70, 9),
+            (full, 78, 0),
+            (full, 10**12, 3),
+            (some, 21, 1),
+            (some, 30, 8),
+            (some, 3, 30),
+        ]:
+            got = pruned(
+                [jnp.asarray(leaf) for leaf in leaves],
+                keeps,
+                count_of(count),
+                count_of(floor),
+                exact_ties,
+            )
             expected = walk(leaves, keeps, count, floor, exact_ties)
             for a, b in zip(got, expected, strict=True):
                 np.testing.assert_array_equal(a, b, err_msg=f"{count=} {floor=}")

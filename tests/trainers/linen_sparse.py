@@ -48,7 +48,7 @@ def main(epochs=20):
     state = TrainState.create(apply_fn=MLP().apply, params=params, tx=tx)
     for _ in range(epochs):
         state = train_epoch(state)
-    pruning = sj.iterative_pruning(tx, train_epoch, accuracy, sj.fraction_step(0.2),
-                                   bound=sj.relative_bound(0.03), max_checks=25)
+    step = sj.fraction_step(0.2)
+    pruning = sj.iterative_pruning(tx, train_epoch, accuracy, step, bound=0.85, max_checks=25)
     state = sj.run_pruning(pruning, pruning.init(state))[0].good
     return state.params, accuracy(state.params)

@@ -47,7 +47,7 @@ def main(epochs=20):
     model = MLP(nnx.Rngs(0))
     tx = optax.adam(5e-3)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    graphdef = nnx.graphdef(model)
+    evaluate = functools.partial(accuracy, nnx.graphdef(model))
     for _ in range(epochs):
         params = train_epoch(model, optimizer)
-    return params, accuracy(graphdef, params)
+    return params, evaluate(params)

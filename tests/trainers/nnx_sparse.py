@@ -49,7 +49,7 @@ def main(epochs=20):
     model = MLP(nnx.Rngs(0))
     tx = sj.hold_zeros(sj.selective_adam(5e-3))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    graphdef = nnx.graphdef(model)
+    evaluate = functools.partial(accuracy, nnx.graphdef(model))
     for _ in range(epochs):
         params = train_epoch(model, optimizer)
 
@@ -58,8 +58,7 @@ def main(epochs=20):
         optimizer.opt_state = record.opt_state
         return sj.Record(train_epoch(model, optimizer), optimizer.opt_state)
 
-    pruning = sj.iterative_pruning(tx, train, lambda params: accuracy(graphdef, params),
-                                   sj.fraction_step(0.2), sj.relative_bound(0.03), max_checks=25)
+    pruning = sj.iterative_pruning(tx, train, evaluate, sj.fraction_step(0.2), 0.85, max_checks=25)
     state, _ = sj.run_pruning(pruning, pruning.init(sj.Record(params, optimizer.opt_state)))
     params = state.good.params
-    return params, accuracy(graphdef, params)
+    return params, evaluate(params)
