@@ -49,6 +49,6 @@ def main(epochs=20):
     for _ in range(epochs):
         state = train_epoch(state)
     step = sj.fraction_step(0.2)
-    pruning = sj.iterative_pruning(tx, train_epoch, accuracy, step, bound=0.85, max_checks=25)
+    pruning = sj.iterative_pruning(tx, train_epoch, accuracy, step, bound=0.9, max_checks=25)
     state = sj.run_pruning(pruning, pruning.init(state))[0].good
     return state.params, accuracy(state.params)

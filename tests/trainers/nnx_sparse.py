@@ -58,7 +58,7 @@ def main(epochs=20):
         optimizer.opt_state = record.opt_state
         return sj.Record(train_epoch(model, optimizer), optimizer.opt_state)
 
-    pruning = sj.iterative_pruning(tx, train, evaluate, sj.fraction_step(0.2), 0.85, max_checks=25)
+    pruning = sj.iterative_pruning(tx, train, evaluate, sj.fraction_step(0.2), 0.9, max_checks=25)
     state, _ = sj.run_pruning(pruning, pruning.init(sj.Record(params, optimizer.opt_state)))
     params = state.good.params
     return params, evaluate(params)
