@@ -119,13 +119,9 @@ class PruningError(ValueError):
 
     Attributes:
       state: the last sound :class:`PruningState`, before the failed interval; None in ``init``.
-      history: the checks of :func:`run_pruning` so far.
     """
 
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.state: PruningState | None = None
-        self.history: list[Check] = []
+    state: PruningState | None = None
 
 
 def iterative_pruning(
@@ -379,8 +375,9 @@ def run_pruning(
       The last state, and the checks made by this call.
 
     Raises:
-      PruningError: see :func:`iterative_pruning`; its ``state`` is the last sound state, its
-        ``history`` the checks of this call.
+      PruningError: see :func:`iterative_pruning`. Whatever is raised, errors of the user's code
+        and an interrupt from the keyboard included, its attribute ``state`` is the last sound
+        state, ``history`` the checks of this call.
       ImportError: ``progress_bar`` without tqdm.
 
     Example:
@@ -400,8 +397,8 @@ def run_pruning(
                     f"sparsity {check.sparsity:.2%}, metric {check.metric:.4g}, {check.action}"
                 )
                 bar.update()
-    except PruningError as error:
-        error.history = history
+    except BaseException as error:
+        error.state, error.history = state, history  # type: ignore[attr-defined]
         raise
     finally:
         if bar is not None:

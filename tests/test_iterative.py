@@ -516,6 +516,26 @@ def test_train_that_breaks_the_rules(train, message):
     np.testing.assert_array_equal(kept_weights(raised.value.state.current), MAGNITUDES[2:])
 
 
+def test_an_interrupt_loses_nothing():
+    tx = held()
+    calls = []
+
+    def interrupted(record):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return idle(record)
+
+    pruning = loop(tx, interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        run(pruning, start(tx))
+    assert [check.check for check in raised.value.history] == [1, 2]
+    state, history = sj.run_pruning(pruning, raised.value.state)
+    assert history[0].check == 3
+    straight, _ = run(loop(tx), start(tx))
+    np.testing.assert_array_equal(kept_weights(state.good), kept_weights(straight.good))
+
+
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
