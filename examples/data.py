@@ -32,7 +32,7 @@ def load(name: str, data_dir: str | Path | None = None, validation: int | None =
     Args:
       name: ``"digits"``, or a tensorflow-datasets name with ``image`` and ``label``.
       data_dir: where tensorflow-datasets keeps its data; None for its own default.
-      validation: images of the training set held out; by default 5,000, of the digits 300.
+      validation: images of the training set held out; by default 5,000, of the digits 600.
 
     Returns:
       The splits, normalized by mean and deviation of the training images.
@@ -43,7 +43,7 @@ def load(name: str, data_dir: str | Path | None = None, validation: int | None =
     """
     if name == "digits":
         images, labels, test_images, test_labels = _digits()
-        validation = 300 if validation is None else validation
+        validation = 600 if validation is None else validation
     else:
         images, labels = _tfds(name, "train", data_dir)
         test_images, test_labels = _tfds(name, "test", data_dir)

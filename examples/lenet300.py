@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "dense_epochs": 40,
         "interval": 55,
         "fraction": 0.10,
-        "bound": 0.96,
+        "bound": 0.97,
         "checks": 200,
         "recovery": 12,
         "tune_epochs": 20,

@@ -24,6 +24,7 @@ from .iterative import fraction_step as fraction_step
 from .iterative import iterative_pruning as iterative_pruning
 from .iterative import relative_bound as relative_bound
 from .iterative import run_pruning as run_pruning
+from .pruning import SummaryRow as SummaryRow
 from .pruning import apply_mask as apply_mask
 from .pruning import count_kept as count_kept
 from .pruning import full_mask as full_mask
