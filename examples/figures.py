@@ -60,7 +60,7 @@ def _histogram(axes, dense, sparse):
 
 def _kept_inputs(axes, mask, image_shape):
     kernels = [leaf for leaf in jax.tree.leaves(mask) if leaf.shape[0] == np.prod(image_shape)]
-    kept = np.asarray(kernels[0]).sum(axis=1).reshape(image_shape[:2])
+    kept = np.asarray(kernels[0]).sum(axis=1).reshape(image_shape).sum(axis=-1)
     image = axes.imshow(kept, cmap="Blues")
     axes.set_xticks([])
     axes.set_yticks([])

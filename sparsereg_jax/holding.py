@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from .pruning import apply_mask, check_pruning_mask, full_mask
-from .selection import is_float, leaf_path
+from .selection import is_float, leaf_keys, leaf_path
 from .shrinkage import restart_if_any
 
 PyTree = Any
@@ -127,7 +127,8 @@ def prune(
       The params and the optimizer state, structures, shapes and dtypes kept.
 
     Raises:
-      ValueError: ``opt_state`` holds no mask, or ``pruning_mask`` or ``opt_state`` does not fit
+      ValueError: ``opt_state`` holds no mask, or none for a leaf that is to be pruned (a traced
+        mask leaves such a leaf as it is), or ``pruning_mask`` or ``opt_state`` does not fit
         ``params``.
 
     Example:
@@ -146,13 +147,16 @@ def prune(
         )
     # nnx.Optimizer boxes the leaves of its state; unboxed it has the structure that `init` gives.
     leaves, boxed = jax.tree.flatten(opt_state)
-    plain: Any = jax.tree.structure(jax.eval_shape(tx.init, params))
-    if plain.num_leaves != len(leaves):
+    fresh = jax.eval_shape(tx.init, params)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(fresh)]
+    if shapes != [jnp.shape(leaf) for leaf in leaves]:
         raise ValueError(
-            f"prune: opt_state has {len(leaves)} leaves where tx.init(params) gives"
-            f" {plain.num_leaves}. Pass the transformation and the params that it was made with."
+            f"prune: opt_state has leaves of shapes {[jnp.shape(leaf) for leaf in leaves]} where"
+            f" tx.init(params) gives {shapes}. Pass the transformation and the params that it was"
+            " made with."
         )
-    state = jax.tree.unflatten(plain, leaves)
+    state = jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+    pruning_mask = _only_held(pruning_mask, state)
     state = restart_if_any(_set_masks(_forget(state, pruning_mask), pruning_mask))
     return apply_mask(params, pruning_mask), jax.tree.unflatten(boxed, jax.tree.leaves(state))
 
@@ -177,18 +181,27 @@ def held_mask(params: PyTree, opt_state: optax.OptState) -> PyTree:
       >>> print(held_mask(params, hold_zeros(optax.sgd(0.1)).init(params))["w"])
       [ True  True]
     """
-    holders = _holders(opt_state)
-    if not holders:
+    if not _holders(opt_state):
         raise ValueError(
             "held_mask: the optimizer state holds no pruning mask. Wrap the optimizer before"
             " `init`: tx = hold_zeros(tx)."
         )
-    held = {}
-    for holder in holders:
-        held.update(_by_path(holder.pruning_mask))
+    held = _held(opt_state)
     return jax.tree_util.tree_map_with_path(
-        lambda kp, keep: held.get(leaf_path(kp), keep), full_mask(params)
+        lambda kp, keep: held.get(leaf_keys(kp), keep), full_mask(params)
     )
+
+
+def unheld(params: PyTree, mask: PyTree, opt_state: optax.OptState) -> list[str]:
+    """The paths of the leaves that ``mask``, a tree of Python bools, selects and no state holds."""
+    held = _held(opt_state)
+    return [
+        leaf_path(kp)
+        for (kp, _), selected in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(mask), strict=True
+        )
+        if selected and leaf_keys(kp) not in held
+    ]
 
 
 def _kept(pruning_mask: PyTree, tree: PyTree) -> PyTree:
@@ -234,17 +247,43 @@ def _holders(opt_state: PyTree) -> list[HoldZerosState]:
     return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_holder) if _is_holder(node)]
 
 
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    return {leaf_path(kp): leaf for kp, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _by_keys(tree: PyTree) -> dict[tuple[Any, ...], Any]:
+    return {leaf_keys(kp): leaf for kp, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _held(opt_state: PyTree) -> dict[tuple[Any, ...], Any]:
+    """The mask of every leaf that some state holds."""
+    masks = [_by_keys(holder.pruning_mask) for holder in _holders(opt_state)]
+    return {keys: keep for mask in masks for keys, keep in mask.items()}
+
+
+def _only_held(pruning_mask: PyTree, opt_state: PyTree) -> PyTree:
+    """The mask, all True where nothing would hold the zeros."""
+    held = _held(opt_state)
+
+    def only_held(kp, keep):
+        if leaf_keys(kp) in held:
+            return keep
+        if not isinstance(keep, jax.core.Tracer) and not keep.all():
+            raise ValueError(
+                f"prune: no hold_zeros holds {leaf_path(kp)!r}, whose pruned weights would come"
+                " back. Put hold_zeros around the whole optimizer, or leave the leaf out by mask."
+            )
+        return jnp.ones_like(keep)
+
+    return jax.tree_util.tree_map_with_path(only_held, pruning_mask)
 
 
 def _set_masks(opt_state: PyTree, pruning_mask: PyTree) -> PyTree:
-    new = _by_path(pruning_mask)
+    new = _by_keys(pruning_mask)
 
     def set_mask(node):
         if not _is_holder(node):
             return node
-        mask = jax.tree_util.tree_map_with_path(lambda kp, _: new[leaf_path(kp)], node.pruning_mask)
+        # A copy: the state may be donated, the caller's mask may not.
+        mask = jax.tree_util.tree_map_with_path(
+            lambda kp, _: jnp.array(new[leaf_keys(kp)], copy=True), node.pruning_mask
+        )
         return node._replace(pruning_mask=mask)
 
     return jax.tree.map(set_mask, opt_state, is_leaf=_is_holder)
@@ -266,10 +305,14 @@ def _forget(opt_state: PyTree, pruning_mask: PyTree) -> PyTree:
         if structure in (params_structure, lone):
             return structure == params_structure
         try:
-            structure.flatten_up_to(pruning_mask)
+            below = structure.flatten_up_to(pruning_mask)
         except (ValueError, TypeError, KeyError):
             return False
-        return True
+        nodes = jax.tree.leaves(node, is_leaf=_is_hole)
+        return all(
+            _is_hole(leaf) or jax.tree.structure(keep) == lone
+            for leaf, keep in zip(nodes, below, strict=True)
+        )
 
     def forget(moment, keep):
         if _is_hole(moment) or not is_float(moment):

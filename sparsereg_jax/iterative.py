@@ -6,10 +6,12 @@ train and to measure are the user's. All that happens between two checks is in
 :class:`PruningState`, a tree of arrays; nothing else is remembered anywhere.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import operator
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -19,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .holding import held_mask, prune
-from .pruning import apply_mask, count_kept, mask_by_fraction, summary
+from .holding import held_mask, prune, unheld
+from .pruning import apply_mask, count_kept, intersection, mask_by_fraction, summary
 from .selection import Mask, is_float, leaf_path, resolve_mask, weights
 
 PyTree = Any
@@ -160,14 +162,14 @@ def iterative_pruning(
         shapes always, so a jitted one compiles once.
       propose: what to prune next, :func:`fraction_step` or :func:`bisection_step`, or a function of
         one's own from :class:`Situation` to :class:`Proposal`.
-      bound: the metric that must be met, or a function of the first network's metric, such as
-        :func:`relative_bound`.
+      bound: the metric that must be met (equalled, to single precision), or a function of the
+        first network's metric, such as :func:`relative_bound`.
       mode: ``"max"`` for a metric to maximise (accuracy, BLEU), ``"min"`` for a loss.
       max_checks: stop after so many checks.
       steps_per_check: optimizer steps in an interval, for the records.
       mask: which leaves may be pruned.
       recovery: checks below the bound in a row before the loop goes back; None never does.
-      back_off: factor on the size of the step at each going back, in (0, 1).
+      back_off: factor on the size of the step at each going back, in (0, 1); it stays so small.
       smallest_scale: stop when the factor falls below it, in (0, 1].
       stop_when_worsening: stop when the metric got worse so many checks in a row; None never does.
 
@@ -201,8 +203,7 @@ def iterative_pruning(
       >>> print(state.good.params["w"] != 0)
       [[ True False  True False]]
     """
-    if mode not in ("max", "min"):
-        raise ValueError(f"iterative_pruning: mode={mode!r} is neither 'max' nor 'min'.")
+    better = _comparison("iterative_pruning", mode)
     if max_checks < 1 or steps_per_check < 1:
         raise ValueError(
             "iterative_pruning: max_checks and steps_per_check are at least 1, not"
@@ -215,9 +216,6 @@ def iterative_pruning(
     for name, count in (("recovery", recovery), ("stop_when_worsening", stop_when_worsening)):
         if count is not None and count < 1:
             raise ValueError(f"iterative_pruning: {name}={count} is below 1; None switches it off.")
-
-    def better(metric: float, other: float) -> bool:
-        return metric > other if mode == "max" else metric < other
 
     worst = -math.inf if mode == "max" else math.inf
     prune_jitted = jax.jit(functools.partial(prune, tx))
@@ -236,21 +234,30 @@ def iterative_pruning(
             )
         )
 
+    def meets(metric: float, lowest: float) -> bool:
+        return not better(lowest, metric) or abs(lowest - metric) <= _F32_EPS * abs(lowest)
+
     def init(record: TrainState) -> PruningState:
-        _check_record(record)
+        _check_record("iterative_pruning", record)
         try:
             held_mask(record.params, record.opt_state)
         except ValueError as error:
             raise PruningError(f"iterative_pruning: {error}") from error
-        if not any(jax.tree.leaves(resolve_mask(mask, record.params))):
+        prunable = resolve_mask(mask, record.params)
+        if not any(jax.tree.leaves(prunable)):
             raise PruningError(
                 "iterative_pruning: mask selects no leaf of params, so nothing can be pruned."
                 " Without a mask, leaves of rank 2 or more are selected; see"
                 " selection_table(params, mask)."
             )
-        dense = _measure(evaluate, record.params)
+        if paths := unheld(record.params, prunable, record.opt_state):
+            raise PruningError(
+                f"iterative_pruning: mask selects {paths}, where no hold_zeros would hold the"
+                " zeros. Put hold_zeros around the whole optimizer, or leave them out by mask."
+            )
+        dense = _measure("iterative_pruning", evaluate, record.params)
         lowest = float(bound(dense) if callable(bound) else bound)
-        if math.isnan(lowest) or better(lowest, dense):
+        if math.isnan(lowest) or not meets(dense, lowest):
             raise PruningError(
                 f"iterative_pruning: the network's metric is {dense:g} before any pruning and"
                 f" misses the bound {lowest:g} (mode={mode!r}). Train it further or choose another"
@@ -278,16 +285,16 @@ def iterative_pruning(
         # A copy, so that a train that donates its argument leaves this state usable.
         record = _rebuilt(train(_copy(state.current)))
         try:
-            _check_record(record)
-            _check_held(state.current, record)
-            metric = _measure(evaluate, record.params)
+            _check_record("iterative_pruning", record)
+            _check_held("iterative_pruning", state.current, record)
+            metric = _measure("iterative_pruning", evaluate, record.params)
         except PruningError as error:
             error.state = state
             raise
         rows = _rows(record)
         kept = sum(row.kept for row in rows)
 
-        met_bound = not better(was.bound, metric)
+        met_bound = meets(metric, was.bound)
         improved = better(metric, was.best_metric)
         now = was._replace(
             check=was.check + 1,
@@ -323,7 +330,10 @@ def iterative_pruning(
         pruned = False
         if proposal.pruning_mask is not None:
             before = _kept(record)
-            params, opt_state = prune_jitted(record.params, record.opt_state, proposal.pruning_mask)
+            refined = intersection(
+                proposal.pruning_mask, held_mask(record.params, record.opt_state)
+            )
+            params, opt_state = prune_jitted(record.params, record.opt_state, refined)
             record = _replace(record, params, opt_state)
             pruned = _kept(record) < before
             now = now._replace(best_metric=worst, waited=0, missed=0)
@@ -398,7 +408,8 @@ def run_pruning(
                 )
                 bar.update()
     except BaseException as error:
-        error.state, error.history = state, history  # type: ignore[attr-defined]
+        with contextlib.suppress(AttributeError):  # a read-only attribute of the user's error
+            error.state, error.history = state, history  # type: ignore[attr-defined]
         raise
     finally:
         if bar is not None:
@@ -414,6 +425,7 @@ def fine_tune(
     *,
     intervals: int,
     mode: Mode = "max",
+    opt_state: optax.OptState | None = None,
 ) -> tuple[TrainState, float]:
     """Trains a pruned network on with another optimizer, its zeros kept.
 
@@ -427,13 +439,17 @@ def fine_tune(
       evaluate: as in :func:`iterative_pruning`.
       intervals: how many intervals to train, measuring after each.
       mode: ``"max"`` or ``"min"``.
+      opt_state: a fresh state of ``tx`` in the form that ``train`` expects, such as the
+        ``opt_state`` of a new ``nnx.Optimizer``; None for ``tx.init(params)``. A ``TrainState``
+        also carries its transformation: pass ``record.replace(tx=tx)``.
 
     Returns:
       The record of the best network, and its metric.
 
     Raises:
-      PruningError: a metric that is no finite scalar, or pruned entries that came back.
-      ValueError: ``record`` or ``tx`` hold no mask.
+      PruningError: a record without the fields, a metric that is no finite scalar, or pruned
+        entries that came back.
+      ValueError: ``record`` or ``tx`` hold no mask, or an argument is out of range.
 
     Example:
       >>> import jax.numpy as jnp, optax, sparsereg_jax as sj
@@ -447,15 +463,19 @@ def fine_tune(
       >>> print(record.params, loss)
       [2.75 0.  ] 0.25
     """
+    better = _comparison("fine_tune", mode)
+    if intervals < 0:
+        raise ValueError(f"fine_tune: intervals={intervals} is negative.")
+    _check_record("fine_tune", record)
     mask = held_mask(record.params, record.opt_state)
-    params, opt_state = prune(tx, record.params, tx.init(record.params), mask)
-    best = record = _replace(record, params, opt_state)
-    best_metric = _measure(evaluate, params)
+    fresh = tx.init(record.params) if opt_state is None else opt_state
+    best = record = _replace(record, *prune(tx, record.params, fresh, mask))
+    best_metric = _measure("fine_tune", evaluate, record.params)
     for _ in range(intervals):
         before, record = record, _rebuilt(train(_copy(record)))
-        _check_held(before, record)
-        metric = _measure(evaluate, record.params)
-        if metric > best_metric if mode == "max" else metric < best_metric:
+        _check_held("fine_tune", before, record)
+        metric = _measure("fine_tune", evaluate, record.params)
+        if better(metric, best_metric):
             best, best_metric = record, metric
     return best, best_metric
 
@@ -589,8 +609,7 @@ def relative_bound(tolerance: float, mode: Mode = "max") -> Callable[[float], fl
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"relative_bound: tolerance={tolerance} is outside [0, 1).")
-    if mode not in ("max", "min"):
-        raise ValueError(f"relative_bound: mode={mode!r} is neither 'max' nor 'min'.")
+    _comparison("relative_bound", mode)
     sign = -1 if mode == "max" else 1
     return lambda dense: dense + sign * tolerance * abs(dense)
 
@@ -634,6 +653,7 @@ def check_from_json(line: str) -> Check:
 
 
 _SETTLED = int(np.iinfo(np.int32).max)
+_F32_EPS = float(np.finfo(np.float32).eps)
 _apply_jitted = jax.jit(apply_mask)
 
 
@@ -658,13 +678,19 @@ def _rebuilt(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf, tree)
 
 
-def _check_record(record: TrainState) -> None:
+def _comparison(name: str, mode: str) -> Callable[[float, float], bool]:
+    """Whether one metric is better than another."""
+    if mode not in ("max", "min"):
+        raise ValueError(f"{name}: mode={mode!r} is neither 'max' nor 'min'.")
+    return operator.gt if mode == "max" else operator.lt
+
+
+def _check_record(name: str, record: TrainState) -> None:
     replaceable = hasattr(record, "_replace") or dataclasses.is_dataclass(record)
     if not (replaceable and hasattr(record, "params") and hasattr(record, "opt_state")):
         raise PruningError(
-            f"iterative_pruning: the record is a {type(record).__name__}; it must be a NamedTuple"
-            " or a dataclass with the fields params and opt_state. Give one to init, return one"
-            " from train."
+            f"{name}: the record is a {type(record).__name__}; it must be a NamedTuple or a"
+            " dataclass with the fields params and opt_state. Give one, and return one from train."
         )
 
 
@@ -674,18 +700,18 @@ def _replace(record: TrainState, params: PyTree, opt_state: PyTree) -> TrainStat
     return dataclasses.replace(record, params=params, opt_state=opt_state)
 
 
-def _measure(evaluate: Metric, params: PyTree) -> float:
+def _measure(name: str, evaluate: Metric, params: PyTree) -> float:
     value = np.asarray(evaluate(params))
-    if value.shape != () or not np.issubdtype(value.dtype, np.number):
+    real = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    if value.shape != () or not real:
         raise PruningError(
-            f"iterative_pruning: evaluate returned shape {value.shape}, dtype {value.dtype}; it"
-            " must return one number."
+            f"{name}: evaluate returned shape {value.shape}, dtype {value.dtype}; it must return"
+            " one real number."
         )
     metric = float(value)
     if not math.isfinite(metric):
         raise PruningError(
-            f"iterative_pruning: the metric is {metric}. The training diverged or evaluate is"
-            " undefined for these params; the state before this interval is in the error's `state`."
+            f"{name}: the metric is {metric}: training diverged, or evaluate is undefined here."
         )
     return metric
 
@@ -709,19 +735,30 @@ def _violations(params: PyTree, mask: PyTree, mask_before: PyTree) -> PyTree:
     return jax.tree.map(count, params, mask, mask_before)
 
 
-def _check_held(before: TrainState, after: TrainState) -> None:
+def _check_held(name: str, before: TrainState, after: TrainState) -> None:
     structure: Any = jax.tree.structure(before.params)
     returned: Any = jax.tree.structure(after.params)
     if structure != returned:
         raise PruningError(
-            f"iterative_pruning: train returned params of another structure: {returned} instead of"
+            f"{name}: train returned params of another structure: {returned} instead of"
             f" {structure}."
         )
+    for (kp, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(before.params),
+        jax.tree.leaves(after.params),
+        strict=True,
+    ):
+        was, now = ((jnp.shape(leaf), leaf.dtype) for leaf in (old, new))
+        if was != now:
+            raise PruningError(
+                f"{name}: train returned {leaf_path(kp)!r} with shape {now[0]} and dtype {now[1]},"
+                f" it was {was[0]} and {was[1]}. Keep both; cast inside the loss."
+            )
     mask_before = held_mask(before.params, before.opt_state)
     try:
         mask = held_mask(after.params, after.opt_state)
     except ValueError as error:
-        raise PruningError(f"iterative_pruning: after an interval of train, {error}") from error
+        raise PruningError(f"{name}: after an interval of train, {error}") from error
     for (kp, _), (revived, changed) in zip(
         jax.tree_util.tree_leaves_with_path(after.params),
         _pairs(_violations(after.params, mask, mask_before)),
@@ -729,11 +766,11 @@ def _check_held(before: TrainState, after: TrainState) -> None:
     ):
         if revived or changed:
             raise PruningError(
-                f"iterative_pruning: after an interval of train, {int(revived)} pruned entries of"
+                f"{name}: after an interval of train, {int(revived)} pruned entries of"
                 f" {leaf_path(kp)!r} are not 0 and its mask in the optimizer state has changed at"
-                f" {int(changed)}. Wrap the whole optimizer, tx = hold_zeros(tx), give"
-                " iterative_pruning and train the same tx, and keep its state: train must not"
-                " initialise the optimizer anew nor change the weights behind it."
+                f" {int(changed)}. Wrap the whole optimizer, tx = hold_zeros(tx), give {name} and"
+                " train the same tx, and keep its state: train must not initialise the optimizer"
+                " anew nor change the weights behind it."
             )
 
 

@@ -19,6 +19,19 @@ Predicate = Callable[[str, Any], bool]
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 
+def leaf_keys(key_path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The key path of a leaf without the box that nnx variables and Linen metadata put around it.
+
+    Args:
+      key_path: a key path of ``jax.tree_util.tree_flatten_with_path``.
+
+    Returns:
+      The key path, hashable, without a last attribute ``value``.
+    """
+    boxed = bool(key_path) and getattr(key_path[-1], "name", None) == "value"
+    return key_path[:-1] if boxed else key_path
+
+
 def leaf_path(key_path: tuple[Any, ...]) -> str:
     """Names a leaf, ``"encoder/layers_0/kernel"``.
 
@@ -26,8 +39,8 @@ def leaf_path(key_path: tuple[Any, ...]) -> str:
       key_path: a key path of ``jax.tree_util.tree_flatten_with_path``.
 
     Returns:
-      The keys joined by ``/``. The trailing ``value`` attribute of an nnx variable or a Linen
-      metadata box is dropped; a dictionary key that happens to be ``"value"`` stays.
+      The keys joined by ``/``. A last attribute named ``value``, that of an nnx variable or of a
+      Linen metadata box, is dropped; a dictionary key ``"value"`` stays.
 
     Example:
       >>> import jax
@@ -35,9 +48,7 @@ def leaf_path(key_path: tuple[Any, ...]) -> str:
       >>> leaf_path(key_path)
       'dense/kernel'
     """
-    if key_path and getattr(key_path[-1], "name", None) == "value":
-        key_path = key_path[:-1]
-    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+    return jax.tree_util.keystr(leaf_keys(key_path), simple=True, separator="/")
 
 
 def is_float(leaf: Any) -> bool:
@@ -69,7 +80,8 @@ def weights(params: PyTree) -> PyTree:
     """Selects the float leaves of rank 2 or more that are no normalization scale: the default.
 
     A layer norm under ``nn.scan`` has a ``scale`` of shape ``[layers, features]``, a matrix by its
-    rank alone, so leaves of that name are left out at any rank.
+    rank alone, so leaves of that name are left out at any rank. Biases of scanned layers and of
+    attention heads are matrices too and are selected; :func:`by_path` leaves them out.
 
     Args:
       params: any tree of arrays.

@@ -12,6 +12,7 @@ In optax "selective" can mean that whole leaves are frozen; here every entry of 
 its own amount.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -569,9 +570,9 @@ def _check_number(
     open_low: bool = False,
 ) -> None:
     # Tracers (inject_hyperparams) and schedules cannot be checked, arrays are not worth a transfer.
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, numbers.Real):
         return
-    if not (low < value < high if open_low else low <= value < high):
+    if not (low < float(value) < high if open_low else low <= float(value) < high):
         bounds = f"{'(' if open_low else '['}{low}, {high})"
         raise ValueError(f"{name}: {argument}={value} is outside {bounds}.")
 

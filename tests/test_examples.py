@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples import data, lenet300
+import sparsereg_jax as sj
+from examples import data, figures, lenet300
 
 FEW = ["--dense-epochs", "1", "--interval", "5", "--checks", "3", "--tune-epochs", "1"]
 
@@ -150,3 +151,16 @@ def test_lenet_on_mnist(prepared_data, tmp_path):
     (result,) = run(tmp_path, "--dataset", "mnist", "--data-dir", str(prepared_data))
     assert result["parameters"] == 266_610
     assert result["dense_test_error"] < 10
+
+
+def test_picture_of_colour_images():
+    history = [
+        sj.Check(i, i, 0.9 - i / 100, i / 10, 10, i < 3, True, False, "pruned", 1, 0.1, {})
+        for i in range(1, 6)
+    ]
+    params = {"dense": {"kernel": np.linspace(-1, 1, 48 * 2).reshape(48, 2)}}
+    mask = jax.tree.map(lambda w: np.abs(w) > 0.5, params)
+    figure = figures.report("", history, 0.88, params, params, mask, (4, 4, 3))
+    (image,) = figure.axes[2].images
+    wanted = mask["dense"]["kernel"].sum(axis=1).reshape(4, 4, 3).sum(axis=2)
+    np.testing.assert_array_equal(image.get_array(), wanted)

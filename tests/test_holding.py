@@ -429,7 +429,9 @@ def test_a_mask_that_does_not_fit_is_named(mask, path):
 
 def test_a_state_of_another_transformation_raises():
     tx = sj.hold_zeros(optax.adam(0.1))
-    with pytest.raises(ValueError, match=r"opt_state has 6 leaves where .* gives 10"):
+    with pytest.raises(
+        ValueError, match=r"opt_state has leaves of shapes .* where .* gives .* made with"
+    ):
         sj.prune(tx, TREE, sj.hold_zeros(SGD).init(TREE), MASK)
 
 
@@ -595,3 +597,57 @@ def test_the_schedule_restarts_in_an_nnx_optimizer():
     assert counts() == [0, 2]
     optimizer.update(model, nnx.state(model, nnx.Param))
     assert counts() == [1, 3]
+
+
+def test_prune_refuses_what_nothing_holds():
+    params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([1.0, 2.0])}
+    tx = optax.partition(
+        {"held": sj.hold_zeros(optax.sgd(0.1)), "free": optax.sgd(0.1)}, {"a": "held", "b": "free"}
+    )
+    state = tx.init(params)
+    half = jnp.array([False, True])
+    with pytest.raises(ValueError, match="no hold_zeros holds 'b'"):
+        sj.prune(tx, params, state, {"a": half, "b": half})
+    # A traced mask cannot be looked into: the leaf stays as it is.
+    for pruned in (
+        jax.jit(lambda p, s, m: sj.prune(tx, p, s, m))(params, state, {"a": half, "b": half}),
+        sj.prune(tx, params, state, {"a": half, "b": jnp.array([True, True])}),
+    ):
+        np.testing.assert_array_equal(pruned[0]["a"], [0, 2])
+        np.testing.assert_array_equal(pruned[0]["b"], [1, 2])
+
+
+def test_the_callers_mask_survives_a_donated_state():
+    tx = sj.hold_zeros(optax.adam(0.1))
+    params = {"w": jnp.array([1.0, 2.0])}
+    mask = {"w": jnp.array([False, True])}
+    pruned, state = sj.prune(tx, params, tx.init(params), mask)
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p), donate_argnums=1)
+    step(params, state, pruned)
+    np.testing.assert_array_equal(mask["w"], [False, True])
+
+
+def test_state_of_another_optimizer():
+    params = {"w": jnp.ones((2, 2))}
+    tx, other = sj.hold_zeros(optax.sgd(0.1, 0.9)), sj.hold_zeros(optax.adam(0.1))
+    with pytest.raises(ValueError, match="it was made with"):
+        sj.prune(tx, params, other.init(params), {"w": jnp.ones((2, 2), bool)})
+
+
+def test_names_that_look_alike():
+    params = {"a/b": jnp.array([1.0, 2.0]), "a": {"b": jnp.array([3.0, 4.0])}}
+    tx = sj.hold_zeros(optax.sgd(0.1))
+    mask = {"a/b": jnp.array([True, False]), "a": {"b": jnp.array([False, True])}}
+    pruned, state = sj.prune(tx, params, tx.init(params), mask)
+    np.testing.assert_array_equal(pruned["a/b"], [1, 0])
+    np.testing.assert_array_equal(state.pruning_mask["a"]["b"], [False, True])
+    np.testing.assert_array_equal(sj.held_mask(params, state)["a/b"], [True, False])
+
+
+def test_hyper_parameters_named_like_params():
+    params = {"learning_rate": {"w": jnp.ones(3)}}
+    tx = sj.hold_zeros(optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9))
+    mask = {"learning_rate": {"w": jnp.array([True, False, True])}}
+    pruned, state = sj.prune(tx, params, tx.init(params), mask)
+    np.testing.assert_array_equal(pruned["learning_rate"]["w"], [1, 0, 1])
+    np.testing.assert_allclose(state.inner_state.hyperparams["learning_rate"], 0.1, rtol=1e-6)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from flax.training import train_state
 
 import sparsereg_jax as sj
@@ -542,7 +543,7 @@ def test_an_interrupt_loses_nothing():
         (math.nan, "metric is nan"),
         (math.inf, "metric is inf"),
         (np.ones(2), r"shape \(2,\)"),
-        ("good", "must return one number"),
+        ("good", "must return one real number"),
     ],
 )
 def test_metric_that_is_none(metric, message):
@@ -589,3 +590,138 @@ def test_nothing_to_prune():
 def test_arguments_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_leaves_that_nothing_holds():
+    params = {"bias": jnp.ones(3), "w": jnp.asarray(MAGNITUDES).reshape(4, 5)}
+    kernels = {"bias": False, "w": True}
+    tx = optax.masked(sj.hold_zeros(optax.sgd(0.1)), kernels)
+    with pytest.raises(sj.PruningError, match=r"\['bias'\], where no hold_zeros"):
+        loop(tx, mask=sj.every_parameter).init(Record(params, tx.init(params)))
+    state, _ = run(loop(tx, mask=kernels), Record(params, tx.init(params)))
+    np.testing.assert_array_equal(state.good.params["bias"], 1)
+    assert kept_weights(state.good).size < 20
+
+
+def test_a_proposal_brings_no_entry_back():
+    tx = held()
+    turns = iter([0, 10] * 20)
+
+    def forgetful(situation):  # forgets what is pruned already, and takes now this end, now that
+        weights = situation.params["w"].ravel()
+        out = jnp.arange(20) - next(turns)
+        keep = ~((out >= 0) & (out < 5)).reshape(weights.shape)
+        return sj.Proposal({"w": keep.reshape(situation.params["w"].shape)})
+
+    state, history = run(loop(tx, propose=forgetful, bound=0.1), start(tx))
+    assert [check.kept for check in history] == [20, 15, 10]
+    assert state.progress.stopped  # nothing more went
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "int32"])
+def test_a_metric_on_the_bound_meets_it(dtype, x64):
+    tx = held()
+    bound = {"bfloat16": 0.5, "int32": 3}.get(dtype, 0.979)
+    pruning = loop(tx, evaluate=lambda params: jnp.asarray(bound, dtype), bound=bound, max_checks=1)
+    _, history = run(pruning, start(tx))
+    assert history[0].met_bound
+    just_below = loop(tx, evaluate=lambda params: bound * (1 - 1e-6), bound=bound)
+    with pytest.raises(sj.PruningError, match="misses the bound"):
+        just_below.init(start(tx))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.astype(jnp.bfloat16), r"'w' with shape \(4, 5\) and dtype bfloat16, it was"),
+        (lambda w: w[:2], r"'w' with shape \(2, 5\) and dtype float32"),
+    ],
+)
+def test_train_that_changes_a_leaf(change, message):
+    tx = held()
+
+    def train(record):
+        return record._replace(params=jax.tree.map(change, record.params))
+
+    with pytest.raises(sj.PruningError, match=message):
+        run(loop(tx, train), start(tx))
+
+
+def test_fine_tune_of_other_trainers():
+    params = {"w": jnp.asarray(MAGNITUDES).reshape(4, 5)}
+    tx, tune_tx = held(), sj.hold_zeros(optax.sgd(1.0, momentum=0.5))
+    record = train_state.TrainState.create(apply_fn=None, params=params, tx=tx)
+    mask = sj.mask_by_fraction(params, 0.5)
+    record = record.replace(
+        **dict(
+            zip(("params", "opt_state"), sj.prune(tx, params, record.opt_state, mask), strict=True)
+        )
+    )
+
+    def tune(state):
+        return state.apply_gradients(grads=jax.tree.map(lambda w: -jnp.ones_like(w), state.params))
+
+    tuned, _ = sj.fine_tune(record.replace(tx=tune_tx), tune_tx, tune, share_left, intervals=2)
+    wanted = np.where(MAGNITUDES > 10, MAGNITUDES + 1 + 1.5, 0)
+    np.testing.assert_array_equal(tuned.params["w"].ravel(), wanted)
+
+    model = nnx.Linear(4, 5, use_bias=False, rngs=nnx.Rngs(0))
+    model.kernel[...] = params["w"]
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    state = nnx.state(model, nnx.Param)
+    pruned = sj.prune(tx, state, optimizer.opt_state, sj.mask_by_fraction(state, 0.5))
+    tuner = nnx.Optimizer(model, tune_tx, wrt=nnx.Param)
+
+    def tune_nnx(record):
+        nnx.update(model, record.params)
+        tuner.opt_state = record.opt_state
+        gradients = jax.tree.map(lambda w: -jnp.ones_like(w), nnx.state(model, nnx.Param))
+        tuner.update(model, gradients)
+        return sj.Record(nnx.state(model, nnx.Param), tuner.opt_state)
+
+    tuned, _ = sj.fine_tune(
+        sj.Record(*pruned),
+        tune_tx,
+        tune_nnx,
+        lambda params: jnp.sum(params["kernel"][...]),
+        intervals=2,
+        opt_state=tuner.opt_state,
+    )
+    np.testing.assert_array_equal(tuned.params["kernel"][...].ravel(), wanted)
+
+
+def test_fine_tune_errors():
+    tx = held()
+    record = start(tx)
+    for options, message in (
+        ({"mode": "up"}, "fine_tune: mode='up'"),
+        ({"intervals": -1}, "fine_tune: intervals=-1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sj.fine_tune(record, tx, idle, share_left, **{"intervals": 1} | options)
+    with pytest.raises(sj.PruningError, match="fine_tune: the record is a dict"):
+        sj.fine_tune(record._asdict(), tx, idle, share_left, intervals=1)
+
+
+def test_the_papers_preset():
+    """Every parameter, floors 0, 4 % a check, no going back, gamma's restart, their own stop."""
+    tx = sj.hold_zeros(sj.selective_adam(1e-3, strength=sj.paper_strength(1e-3, 550)))
+    params = {"bias": jnp.full(5, 0.5), "w": jnp.asarray(MAGNITUDES).reshape(4, 5)}
+    series = iter([1.0, 1.0, 1.0, 0.9, 0.8, 0.7])
+    pruning = sj.iterative_pruning(
+        tx,
+        idle,
+        lambda params: next(series),
+        sj.fraction_step(0.04, floor=0),
+        bound=0.85,
+        mask=sj.every_parameter,
+        max_checks=100,
+        recovery=None,
+        stop_when_worsening=3,
+    )
+    state, history = run(pruning, Record(params, tx.init(params)))
+    # 25 weights; round(4 %) is 1 of 25 and takes its ties, the whole bias; then 1 of 20, of 19.
+    assert [check.kept for check in history] == [25, 20, 19, 18, 18]
+    assert [check.pruned for check in history] == [True, True, True, False, False]
+    assert state.progress.stopped
+    np.testing.assert_array_equal(kept_weights(state.good), MAGNITUDES[1:])
