@@ -483,3 +483,11 @@ def test_errors_name_the_path_and_the_fix():
         mask_blocks(params, 0.5, (0, 2))
     with pytest.raises(ValueError, match="fewer axes"):
         mask_blocks(params, 0.5, (2, 2, 2))
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_temporaries_stay_below_two_leaves(scope):
+    params = {name: normal(i, 256, 256) for i, name in enumerate("abcdef")}
+    masks = jax.jit(lambda p: mask_by_sparsity(p, 0.8, scope=scope))
+    memory = masks.lower(params).compile().memory_analysis()
+    assert 0 < memory.temp_size_in_bytes <= 2 * params["a"].nbytes
