@@ -8,8 +8,9 @@ r"""LeNet-300-100 goes sparse: selective shrinkage, iterative pruning, fine-tuni
 TIMES
 
 The dense network is trained first; then the loop prunes as long as the accuracy on the validation
-images stays above the bound; the sparsest network above it is fine-tuned without the regularizer.
-The test images are looked at once, at the end.
+images stays above the bound; the sparsest network above it is fine-tuned with little of the
+regularizer (even at 99 % sparsity it fits the training images wholly, so it needs some). The test
+images are looked at once, at the end.
 """
 
 import argparse
@@ -47,9 +48,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "bound": 0.97,
         "checks": 200,
         "recovery": 12,
-        "tune_epochs": 20,
-        "learning_rate": 1e-3,
         "gamma": 1e-3,
+        "tune_epochs": 20,
+        "tune_strength": 5e-4,
     },
     "default": {
         "dense_epochs": 20,
@@ -57,10 +58,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "fraction": 0.05,
         "bound": 0.979,
         "checks": 700,
-        "recovery": 25,
+        "recovery": 40,
+        "gamma": 3e-3,
         "tune_epochs": 20,
-        "learning_rate": 1e-3,
-        "gamma": 1e-3,
+        "tune_strength": 5e-4,
     },
 }
 
@@ -79,14 +80,13 @@ class LeNet300(nn.Module):
         return nn.Dense(self.classes)(hidden)
 
 
-def optimizer(
-    method: str, learning_rate: float, gamma: float, steps_per_epoch: int
+def adam(
+    method: str, learning_rate: optax.ScalarOrSchedule, strength: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
     """Adam with the method's regularizer, zeros held."""
     irrelevance = METHODS[method]
     if irrelevance is None:
         return sj.hold_zeros(optax.adam(learning_rate))
-    strength = sj.paper_strength(gamma, steps_per_epoch)
     return sj.hold_zeros(
         sj.selective_adam(learning_rate, strength=strength, irrelevance=irrelevance)
     )
@@ -117,7 +117,7 @@ def run(
         record = train_dense(record)
     dense = record.params
 
-    tx = optimizer(method, settings["learning_rate"], settings["gamma"], epoch)
+    tx = adam(method, 1e-3, sj.paper_strength(settings["gamma"], epoch))
     train = trainer.trainer(model.apply, tx, splits.train, batch, settings["interval"])
     pruning = sj.iterative_pruning(
         tx,
@@ -134,7 +134,8 @@ def run(
     state, history = sj.run_pruning(pruning, state, progress_bar=progress_bar)
 
     steps = settings["tune_epochs"] * epoch
-    tune_tx = sj.hold_zeros(optax.adam(optax.cosine_decay_schedule(1e-3, max(1, steps))))
+    cosine = optax.cosine_decay_schedule(1e-3, max(1, steps))
+    tune_tx = adam(method, cosine, settings["tune_strength"])
     tune = trainer.trainer(model.apply, tune_tx, splits.train, batch, epoch)
     tuned, validation = sj.fine_tune(
         state.good, tune_tx, tune, evaluate, intervals=settings["tune_epochs"]
