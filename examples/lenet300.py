@@ -16,6 +16,7 @@ images are looked at once, at the end.
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -131,7 +132,15 @@ def run(
         recovery=settings["recovery"],
     )
     state = pruning.init(record._replace(opt_state=tx.init(dense)))
-    state, history = sj.run_pruning(pruning, state, progress_bar=progress_bar)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = f"lenet300-{name}-{method}-seed{seed}"
+    with (out / f"{stem}.jsonl").open("w") as lines:
+        state, history = sj.run_pruning(
+            pruning,
+            state,
+            on_check=lambda _, check: print(sj.check_to_json(check), file=lines, flush=True),
+            progress_bar=progress_bar,
+        )
 
     steps = settings["tune_epochs"] * epoch
     cosine = optax.cosine_decay_schedule(1e-3, max(1, steps))
@@ -162,15 +171,13 @@ def run(
         "seconds": time.perf_counter() - began,
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
+        "cores": os.cpu_count(),
         "versions": {
             package: importlib.metadata.version(package)
             for package in ("jax", "optax", "flax", "numpy")
         },
-        "history": [json.loads(sj.check_to_json(check)) for check in history],
     }
-    out.mkdir(parents=True, exist_ok=True)
-    stem = f"lenet300-{name}-{method}-seed{seed}"
-    (out / f"{stem}.json").write_text(json.dumps(result) + "\n")
+    (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
     title = (
         f"LeNet-300-100, {name}, {method}, seed {seed}: {result['sparsity']:.2%} sparse,"
         f" test error {result['test_error']:.2f} % ({result['dense_test_error']:.2f} % dense)"

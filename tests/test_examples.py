@@ -34,6 +34,8 @@ def test_lenet_on_digits(tmp_path, capsys):
 
     stem = tmp_path / "lenet300-digits-selective-seed0"
     assert json.loads(stem.with_suffix(".json").read_text()) == json.loads(json.dumps(result))
+    lines = stem.with_suffix(".jsonl").read_text().splitlines()
+    assert [sj.check_from_json(line).check for line in lines] == [1, 2, 3]
     picture = np.asarray(Image.open(stem.with_suffix(".png")).convert("L"))
     assert picture.shape[1] > 1000
     assert picture.std() > 10
