@@ -146,8 +146,9 @@ def iterative_pruning(
 
     Each step trains an interval and checks it. If the metric meets the bound, the state is kept and
     ``propose`` says what to prune next. If not, training goes on; after ``recovery`` such checks in
-    a row the loop goes back to the last state that met the bound and prunes less, the proposal's
-    size multiplied by ``back_off``; it stops when that would be smaller than ``smallest_scale``.
+    a row the loop goes back to the last state that met the bound (the whole record, its random keys
+    and place in the data included) and prunes less, the proposal's size multiplied by ``back_off``;
+    it stops when that would be smaller than ``smallest_scale``.
 
     The authors' algorithm is ``propose=fraction_step(0.04, floor=0)``, ``mask=every_parameter``,
     ``recovery=None`` (never going back) and their own rule to stop, ``stop_when_worsening``.
@@ -490,7 +491,8 @@ def fraction_step(fraction: float, *, floor: int = 1, exact_ties: bool = False) 
       fraction: the share of the remaining prunable entries, in (0, 1]; 0.04 in the paper's image
         experiments.
       floor: entries kept in each tensor at the least; 0 (the paper's) may empty a layer.
-      exact_ties: see :func:`sparsereg_jax.mask_by_fraction`.
+      exact_ties: drop that number exactly; otherwise all weights of the last magnitude that goes,
+        many where magnitudes are equal (bf16, freshly initialised biases).
 
     Returns:
       A ``propose`` for :func:`iterative_pruning`.

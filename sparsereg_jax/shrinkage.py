@@ -97,6 +97,15 @@ def add_selective_shrinkage(
       >>> print(updates["w"])
       [-2.e-04 -5.e+00]
 
+      Under ``inject_hyperparams`` alpha can be changed while training, the schedule restarts:
+
+      >>> tx = optax.inject_hyperparams(
+      ...     add_selective_shrinkage, static_args=("strength", "irrelevance", "mask")
+      ... )(optax.linear_schedule(2e-3, 0.0, 100), alpha=0.5)
+      >>> state = restart_shrinkage(tx.init(params))
+      >>> print(state.hyperparams["alpha"])
+      0.5
+
     References:
       Bonetta et al., `Regularization-based Pruning of Irrelevant Weights in Deep Neural
       Architectures <https://arxiv.org/abs/2204.04977>`_
