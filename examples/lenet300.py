@@ -146,7 +146,7 @@ def run(
     cosine = optax.cosine_decay_schedule(1e-3, max(1, steps))
     tune_tx = adam(method, cosine, settings["tune_strength"])
     tune = trainer.trainer(model.apply, tune_tx, splits.train, batch, epoch)
-    tuned, validation = sj.fine_tune(
+    tuned, metrics = sj.fine_tune(
         state.good, tune_tx, tune, evaluate, intervals=settings["tune_epochs"]
     )
 
@@ -163,7 +163,7 @@ def run(
         "kept": kept,
         "compression": size / kept,
         "dense_validation_accuracy": float(evaluate(dense)),
-        "validation_accuracy": validation,
+        "validation_accuracy": metrics[-1],
         "dense_test_error": 100 * (1 - float(test(dense))),
         "test_error": 100 * (1 - float(test(tuned.params))),
         "layers": [layer._asdict() for layer in layers],

@@ -425,13 +425,13 @@ def fine_tune(
     evaluate: Metric,
     *,
     intervals: int,
-    mode: Mode = "max",
     opt_state: optax.OptState | None = None,
-) -> tuple[TrainState, float]:
+) -> tuple[TrainState, list[float]]:
     """Trains a pruned network on with another optimizer, its zeros kept.
 
     The last step of the paper's algorithm: no regularizer, a few epochs. The optimizer starts
-    afresh. The best network on the way, the one at the start included, is returned.
+    afresh. The last network is returned, not the one of the best metric: a network that the loop
+    chose among many because its metric was high has had luck that a fair comparison would not see.
 
     Args:
       record: the user's record with the network to tune, ``state.good`` for instance.
@@ -439,13 +439,12 @@ def fine_tune(
       train: trains one interval with ``tx``, from a record to a record.
       evaluate: as in :func:`iterative_pruning`.
       intervals: how many intervals to train, measuring after each.
-      mode: ``"max"`` or ``"min"``.
       opt_state: a fresh state of ``tx`` in the form that ``train`` expects, such as the
         ``opt_state`` of a new ``nnx.Optimizer``; None for ``tx.init(params)``. A ``TrainState``
         also carries its transformation: pass ``record.replace(tx=tx)``.
 
     Returns:
-      The record of the best network, and its metric.
+      The record after the last interval, and the metric before and after each.
 
     Raises:
       PruningError: a record without the fields, a metric that is no finite scalar, or pruned
@@ -460,25 +459,22 @@ def fine_tune(
       ...     updates, opt_state = tx.update(record.params - 3, record.opt_state, record.params)
       ...     return sj.Record(record.params + updates, opt_state)
       >>> record, loss = sj.fine_tune(sj.Record(w, opt_state), tx, train,
-      ...                             lambda w: jnp.abs(w[0] - 3), intervals=3, mode="min")
+      ...                             lambda w: jnp.abs(w[0] - 3), intervals=3)
       >>> print(record.params, loss)
-      [2.75 0.  ] 0.25
+      [2.75 0.  ] [2.0, 1.0, 0.5, 0.25]
     """
-    better = _comparison("fine_tune", mode)
     if intervals < 0:
         raise ValueError(f"fine_tune: intervals={intervals} is negative.")
     _check_record("fine_tune", record)
     mask = held_mask(record.params, record.opt_state)
     fresh = tx.init(record.params) if opt_state is None else opt_state
-    best = record = _replace(record, *prune(tx, record.params, fresh, mask))
-    best_metric = _measure("fine_tune", evaluate, record.params)
+    record = _replace(record, *prune(tx, record.params, fresh, mask))
+    metrics = [_measure("fine_tune", evaluate, record.params)]
     for _ in range(intervals):
         before, record = record, _rebuilt(train(_copy(record)))
         _check_held("fine_tune", before, record)
-        metric = _measure("fine_tune", evaluate, record.params)
-        if better(metric, best_metric):
-            best, best_metric = record, metric
-    return best, best_metric
+        metrics.append(_measure("fine_tune", evaluate, record.params))
+    return record, metrics
 
 
 def fraction_step(fraction: float, *, floor: int = 1, exact_ties: bool = False) -> Propose:

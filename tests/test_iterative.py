@@ -445,12 +445,12 @@ def test_progress_bar(capfd):
     assert "sparsity 20.00%" in shown
 
 
-def test_fine_tune_keeps_zeros_and_the_best():
+def test_fine_tune_keeps_zeros():
     tx = held()
     state, _ = run(loop(tx, recovery=None, max_checks=9), start(tx))
-    zeros = np.asarray(state.good.params["w"]) == 0
+    good = np.asarray(state.good.params["w"])
     tune_tx = sj.hold_zeros(optax.sgd(1.0))
-    moves = iter([1.0, 5.0, -20.0])
+    moves = iter([1.0, 5.0, -2.0])
 
     def tune(record):
         move = next(moves)
@@ -460,14 +460,10 @@ def test_fine_tune_keeps_zeros_and_the_best():
             params=optax.apply_updates(record.params, updates), opt_state=opt_state
         )
 
-    record, metric = sj.fine_tune(state.good, tune_tx, tune, share_left, intervals=3)
-    wanted = np.where(zeros, 0, np.asarray(state.good.params["w"]) + 6)
-    np.testing.assert_array_equal(record.params["w"], wanted)
-    assert metric == pytest.approx(wanted.sum() / 210)
-    moves = iter([-1.0])
-    record, metric = sj.fine_tune(state.good, tune_tx, tune, share_left, intervals=1)
-    np.testing.assert_array_equal(record.params["w"], state.good.params["w"])
-    assert metric == pytest.approx(float(state.progress.good_metric))
+    record, metrics = sj.fine_tune(state.good, tune_tx, tune, share_left, intervals=3)
+    after = [np.where(good == 0, 0, good + moved) for moved in (0, 1, 6, 4)]
+    np.testing.assert_array_equal(record.params["w"], after[-1])
+    np.testing.assert_allclose(metrics, [weights.sum() / 210 for weights in after], rtol=1e-6)
 
 
 # Errors: each names the argument, the leaf and the fix, and loses nothing.
@@ -693,14 +689,8 @@ def test_fine_tune_of_other_trainers():
 def test_fine_tune_errors():
     tx = held()
     record = start(tx)
-    for options, message in (
-        ({"mode": "up"}, "fine_tune: mode='up'"),
-        ({"intervals": -1}, "fine_tune: intervals=-1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            sj.fine_tune(record, tx, idle, share_left, **{"intervals": 1} | options)
-    with pytest.raises(sj.PruningError, match="fine_tune: the record is a dict"):
-        sj.fine_tune(record._asdict(), tx, idle, share_left, intervals=1)
+    with pytest.raises(ValueError, match="fine_tune: intervals=-1"):
+        sj.fine_tune(record, tx, idle, share_left, intervals=-1)
 
 
 def test_the_papers_preset():
