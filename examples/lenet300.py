@@ -5,8 +5,8 @@ r"""LeNet-300-100 goes sparse: selective shrinkage, iterative pruning, fine-tuni
     python -m examples.lenet300 --dataset mnist --data-dir DIR \
         --method selective l2 none --seed 0 1 2        # the README's table
 
-On two CPU cores: the digits in 20 seconds (99.0 % sparse at a test error of 4.7 %, dense 4.0 %); MNIST
-in 3 minutes a run (98.8 % at 2.00 % on average over seeds 0 to 2, dense 1.58 %).
+On two CPU cores: the digits in 20 seconds (99.0 % sparse at a test error of 4.7 %, dense 4.0 %);
+MNIST in 3 minutes a run (98.8 % at 2.00 % on average over seeds 0 to 2, dense 1.58 %).
 
 The dense network is trained first; then the loop prunes as long as the accuracy on the validation
 images stays above the bound; the sparsest network above it is fine-tuned with little of the
