@@ -1,0 +1,546 @@
+"""A smaller dense network that computes the same function, from the jaxpr of any JAX function.
+
+Four steps, each in its own module: ``program`` flattens the jaxpr; ``axis_rules`` says which axes
+must be cut alike; ``dataflow`` says which entries vary and which are needed; ``folding`` moves the
+constants of dead units out of the way. An index of a dimension goes when no value has a needed
+entry there. The smaller function traces the original anew at each input shape and runs its
+primitives on the smaller operands.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .axis_rules import Cut, Relations, run_cut, take
+from .dataflow import backwards, constant, forwards, unknown
+from .folding import fold_constants
+from .program import Block, Step, bind, trace
+from .selection import leaf_path
+
+
+class LeafPlan(NamedTuple):
+    """What stays of one leaf, of the parameters or of the inputs."""
+
+    path: str
+    shape: tuple[int, ...]
+    kept: tuple[np.ndarray | None, ...]  # per axis: the indices that stay, int64; None: all
+
+    @property
+    def new_shape(self) -> tuple[int, ...]:
+        """The shape of what stays."""
+        return tuple(
+            size if kept is None else len(kept)
+            for size, kept in zip(self.shape, self.kept, strict=True)
+        )
+
+
+class FoldedConstants(NamedTuple):
+    """Units of constant value whose contribution to a product was moved."""
+
+    where: str  # the product
+    units: int  # how many of them need no longer be there
+    path: str  # the leaf that took their contribution: a bias, or the weights
+    added: np.ndarray | None  # what the bias took, of its shape; None: one unit stays for all
+
+
+class Stop(NamedTuple):
+    """Axes of parameters that stay whole because of one operation."""
+
+    primitive: str
+    where: str  # its module, and the line of the program that it comes from
+    axes: tuple[tuple[str, int], ...]  # (path of the leaf, axis)
+
+
+class CompactionPlan(NamedTuple):
+    """What :func:`compact` found; :func:`compaction_table` prints it."""
+
+    leaves: tuple[LeafPlan, ...]  # in the order of ``jax.tree.leaves(params)``
+    inputs: tuple[LeafPlan, ...]  # in the order of ``jax.tree.leaves(inputs)``
+    folded: tuple[FoldedConstants, ...]
+    stops: tuple[Stop, ...]
+    variable: tuple[tuple[bool, ...], ...]  # per input leaf and axis: may it have another size?
+    zeros: int  # entries of the parameters that were zero
+
+
+class Compacted(NamedTuple):
+    """A smaller network."""
+
+    fn: Callable[..., Any]  # (smaller params, *inputs) -> what the original returns
+    params: chex.ArrayTree  # smaller arrays in the same tree
+    plan: CompactionPlan
+
+
+def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Compacted:
+    r"""Makes a network with zeros really smaller: dead units are removed, the function stays.
+
+    A unit (a column of a kernel, a channel of a convolution, a head of an attention) goes
+
+    - if nothing reads it: all its outgoing weights are zero;
+    - if no input changes it: all its incoming weights are zero. Its constant :math:`c = f(b)` goes
+      into the bias that follows, :math:`b' \leftarrow b' + c\,W'`; where there is no such bias, one
+      constant unit is kept for all of them.
+
+    Both are found for any traceable function, without knowing its layers: from the function's jaxpr
+    and the zeros of ``params``, forwards and backwards through residual branches, normalizations,
+    attention, reshapes, concatenations. What an operation that is not understood touches stays as
+    it is, and the plan's ``stops`` name that operation. Pixels or features that no weight reads are
+    cut from the inputs inside the smaller function: it takes the same inputs.
+
+    Args:
+        fn: ``fn(params, *inputs)``, traceable by JAX; without training-time randomness (dropout off,
+            batch norm with running statistics), so that there is one function to keep. For a Linen
+            model ``model.apply``; for an nnx one
+            ``lambda state, x: nnx.merge(graphdef, state)(x)`` after ``nnx.split(model)``.
+        params: a tree of arrays with zeros, after ``prune`` or ``apply_mask``. Statistics of batch
+            norms belong here, too: ``variables`` of a Linen model.
+        *inputs: examples, or their shapes (``jax.ShapeDtypeStruct``). Only shapes and dtypes count,
+            so a batch of one or two is enough.
+
+    Returns:
+        ``Compacted(fn, params, plan)``. ``fn(params, *inputs)`` is traced anew at each shape, so
+        wrap it in ``jax.jit``; every input axis along which the function works alike, a batch axis
+        for instance, may have another size than in the example, a symbolic one (``jax.export``)
+        too. It is differentiable; custom derivative rules are kept (for first derivatives).
+        ``plan.leaves`` has the kept indices of each leaf and axis; ``new_widths(plan)`` the widths
+        with which the model can be built anew. ``params`` keep their dtypes. Where there is nothing
+        to remove, the network is returned as it is and the plan's table says why.
+
+    Raises:
+        TypeError: ``fn`` cannot be traced, or ``params`` or ``inputs`` have a leaf that is no array.
+        ValueError: later, in the smaller function: parameters of another structure or shape, or
+            inputs with another size along an axis that may not vary.
+
+    Numerics: sums of the same terms, without the zeros, in another order; so equal to float
+    tolerance. All intermediate values must be finite: 0 times infinity is taken for 0.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> def mlp(params, x):
+        ...     hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
+        ...     return hidden @ params["w2"] + params["b2"]
+        >>> params = {
+        ...     "w1": jnp.array([[1.0, 0.0, 2.0], [3.0, 0.0, 4.0]]),  # the second unit reads nothing
+        ...     "b1": jnp.array([0.0, 0.5, 0.0]),
+        ...     "w2": jnp.array([[1.0], [2.0], [0.0]]),  # nothing reads the third
+        ...     "b2": jnp.array([0.25]),
+        ... }
+        >>> small = compact(mlp, params, jax.ShapeDtypeStruct((1, 2), jnp.float32))
+        >>> print(compaction_table(small.plan))
+        path   shape   compacted
+        b1     (3,)    (1,)
+        b2     (1,)    (1,)
+        w1     (2, 3)  (2, 1)
+        w2     (3, 1)  (1, 1)
+        total  13      5
+        1 constant unit folded into b2
+        >>> x = jnp.array([[1.0, -1.0], [0.5, 2.0]])
+        >>> mlp(params, x)
+        Array([[1.25],
+               [7.75]], dtype=float32)
+        >>> jax.jit(small.fn)(small.params, x)
+        Array([[1.25],
+               [7.75]], dtype=float32)
+    """
+    structs = _structs(params, "params")
+    examples = _structs(inputs, "inputs")
+    program, _ = _traced(fn, structs, examples)
+    entries = program.block.inputs
+    count = len(jax.tree.leaves(structs))
+    paths = _paths(params)
+
+    relations = Relations(program)
+    _pin(relations, entries[:count])
+    leaves = [constant(leaf) for leaf in jax.tree.leaves(params)]
+    zeros = sum(
+        leaf.value.size - np.count_nonzero(leaf.value) for leaf in leaves if leaf.value is not None
+    )
+    varying = [unknown(program.avals[slot].shape) for slot in entries[count:]]
+    with jax.debug_nans(False), jax.debug_infs(False):
+        known = forwards(program, [*leaves, *varying])
+        changed, folds = fold_constants(program, known, entries[:count])
+        if changed:
+            for place, slot in enumerate(entries[:count]):
+                leaves[place] = constant(changed.get(slot, leaves[place].value))
+            known = forwards(program, [*leaves, *varying])
+        needed = backwards(program, known)
+    cut = Cut(relations, _kept(relations, needed, entries))
+
+    new_leaves = [
+        take_all(changed.get(slot, leaf), [cut.mask(slot, d) for d in range(len(program.avals[slot].shape))])
+        for slot, leaf in zip(entries[:count], jax.tree.leaves(params), strict=True)
+    ]
+    where = dict(zip(entries[:count], paths, strict=True))
+    plan = CompactionPlan(
+        leaves=tuple(map(_leaf_plan, [cut] * count, entries[:count], paths)),
+        inputs=tuple(map(_leaf_plan, [cut] * len(entries[count:]), entries[count:], _paths(inputs))),
+        folded=tuple(FoldedConstants(f.where, f.units, where[f.leaf], f.added) for f in folds),
+        stops=_stops(relations, where),
+        variable=tuple(_variable(relations, slot) for slot in entries[count:]),
+        zeros=int(zeros),
+    )
+    return Compacted(
+        _smaller(fn, structs, plan), jax.tree.unflatten(jax.tree.structure(params), new_leaves), plan
+    )
+
+
+def new_widths(plan: CompactionPlan) -> dict[str, int]:
+    """The widths with which a model can be built anew to hold the smaller parameters.
+
+    Args:
+        plan: of :func:`compact`.
+
+    Returns:
+        Per module (the path of its leaves without the last part), the size of the last axis that
+        all its leaves share, which in Flax is the number of features; modules whose leaves do not
+        share one are left out.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+        >>> fn = lambda params, x: x @ params["dense"]["kernel"] + params["dense"]["bias"]
+        >>> new_widths(compact(fn, params, jnp.ones((1, 2))).plan)
+        {'dense': 3}
+    """
+    found: dict[str, set[int]] = {}
+    for leaf in plan.leaves:
+        module = leaf.path.rpartition("/")[0]
+        found.setdefault(module, set()).add(leaf.new_shape[-1] if leaf.shape else 0)
+    return {module: sizes.pop() for module, sizes in found.items() if len(sizes) == 1}
+
+
+def compaction_table(plan: CompactionPlan) -> str:
+    """Shows a plan: each leaf's shape before and after, and what was moved or stood in the way.
+
+    Args:
+        plan: of :func:`compact`, which has an example.
+
+    Returns:
+        The table as text, one leaf a line, the totals, the inputs that are cut; then a line for
+        each product whose constants were folded and for each operation that kept axes whole.
+    """
+    rows = [("path", "shape", "compacted")]
+    rows += [(leaf.path, str(leaf.shape), str(leaf.new_shape)) for leaf in plan.leaves]
+    sizes = [(np.prod(leaf.shape), np.prod(leaf.new_shape)) for leaf in plan.leaves]
+    totals = [int(sum(column)) for column in zip(*sizes, strict=True)] or [0, 0]
+    rows.append(("total", *map(str, totals)))
+    for leaf in plan.inputs:
+        if leaf.new_shape != leaf.shape:
+            rows.append((f"input {leaf.path}".rstrip(), str(leaf.shape), str(leaf.new_shape)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    if not plan.zeros:
+        lines.append("Nothing to remove: the parameters have no zeros.")
+    elif totals[0] == totals[1]:
+        lines.append("Nothing to remove: no unit is without incoming or outgoing weights.")
+    for fold in plan.folded:
+        units = f"{fold.units} constant unit{'s' if fold.units > 1 else ''}"
+        into = "folded into" if fold.added is not None else "joined with another in"
+        lines.append(f"{units} {into} {fold.path}")
+    for stop in plan.stops:
+        axes = ", ".join(f"{path} axis {axis}" for path, axis in stop.axes)
+        lines.append(f"kept whole by {stop.primitive} at {stop.where}: {axes}")
+    return "\n".join(lines)
+
+
+def take_all(value: Any, masks: Sequence[np.ndarray | None]) -> Any:
+    """The kept indices of all axes; a leaf of which all stays is returned as it is."""
+    for axis, mask in enumerate(masks):
+        if mask is not None:
+            value = take(jnp.asarray(value), mask, axis)
+    return value
+
+
+def _structs(tree: Any, name: str) -> Any:
+    def struct(path, leaf):
+        try:
+            aval = jax.typeof(leaf)
+        except TypeError:
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                return leaf
+            raise TypeError(
+                f"{name}: the leaf {leaf_path(path)!r} is a {type(leaf).__name__}, not an array; "
+                "bind what is no array to fn beforehand, for instance by functools.partial."
+            ) from None
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+    return jax.tree_util.tree_map_with_path(struct, tree)
+
+
+def _traced(fn: Callable[..., Any], structs: Any, examples: Sequence[Any]) -> Any:
+    try:
+        return trace(fn, (structs, *examples), (False,) + (True,) * len(examples))
+    except (jax.errors.JAXTypeError, jax.errors.UnexpectedTracerError) as error:
+        raise TypeError(
+            "fn cannot be traced: it looks at the values of its arguments (see below). compact needs "
+            "a function that jax.jit takes; bind flags and sizes to it by functools.partial."
+        ) from error
+
+
+def _paths(tree: Any) -> list[str]:
+    return [leaf_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _pin(relations: Relations, slots: Iterable[int]) -> None:
+    for slot in slots:
+        for axis in relations.axes[slot]:
+            relations.dimensions.pin(axis)
+
+
+def _leaf_plan(cut: Cut, slot: int, path: str) -> LeafPlan:
+    shape = cut.relations.program.avals[slot].shape
+    masks = [cut.mask(slot, d) for d in range(len(shape))]
+    return LeafPlan(path, shape, tuple(None if m is None else np.flatnonzero(m) for m in masks))
+
+
+def _variable(relations: Relations, slot: int) -> tuple[bool, ...]:
+    dimensions = relations.dimensions
+    return tuple(
+        not any(dimensions.is_pinned(root) for root in dimensions.expand(axis))
+        for axis in relations.axes[slot]
+    )
+
+
+def _stops(relations: Relations, paths: dict[int, str]) -> tuple[Stop, ...]:
+    dimensions = relations.dimensions
+    found: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for stop in relations.stops:
+        roots = set(dimensions.expand(stop.axis))
+        for slot, path in paths.items():
+            for d, axis in enumerate(relations.axes[slot]):
+                if roots & set(dimensions.expand(axis)):
+                    axes = found.setdefault((stop.primitive, stop.where), [])
+                    if (path, d) not in axes:
+                        axes.append((path, d))
+    return tuple(Stop(*key, tuple(axes)) for key, axes in found.items())
+
+
+def _kept(
+    relations: Relations, needed: dict[int, np.ndarray], entries: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """The indices that stay: those with a needed entry in any value, and what they ask for."""
+    dimensions = relations.dimensions
+    keep: dict[int, np.ndarray] = {}
+    for slot, axes in enumerate(relations.axes):
+        which = needed.get(slot)
+        for d, axis in enumerate(axes):
+            roots = dimensions.expand(axis)
+            sizes = [dimensions.size(root) for root in roots]
+            along = None
+            for place, root in enumerate(roots):
+                mask = keep.setdefault(root, np.full(sizes[place], dimensions.is_frozen(root)))
+                if which is None or mask.all():
+                    continue
+                if along is None:
+                    others = tuple(e for e in range(which.ndim) if e != d)
+                    along = which.any(axis=others).reshape(sizes)
+                mask |= along.any(axis=tuple(e for e in range(len(sizes)) if e != place))
+    for axis, indices in relations.kept:
+        roots = dimensions.expand(axis)
+        for root in roots:
+            keep[root][indices if len(roots) == 1 else slice(None)] = True
+    for mask in keep.values():
+        if mask.size and not mask.any():
+            mask[0] = True  # an empty axis is more than some operations take
+    while True:
+        _share(relations, keep)
+        owned = _owned(relations, entries)
+        follows = _complete(relations, {root: keep[root] for root in owned})
+        if all((keep[root] == follows.get(root, True)).all() for root in keep):
+            return {root: mask for root, mask in keep.items() if not mask.all()}
+        for root in keep:
+            keep[root] |= follows.get(root, True)
+
+
+def _share(relations: Relations, keep: dict[int, np.ndarray]) -> None:
+    """Linked indices stay together."""
+    before = -1
+    while before != (before := sum(int(mask.sum()) for mask in keep.values())):
+        for link in relations.dimensions.links:
+            both = keep[link.first][link.first_indices] | keep[link.second][link.second_indices]
+            keep[link.first][link.first_indices] = both
+            keep[link.second][link.second_indices] = both
+
+
+def _owned(relations: Relations, entries: Sequence[int]) -> set[int]:
+    """The dimensions of leaves and inputs: a plan has these, all others follow from them."""
+    expand = relations.dimensions.expand
+    return {root for slot in entries for axis in relations.axes[slot] for root in expand(axis)}
+
+
+def _complete(relations: Relations, owned: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """The dimensions that lose indices: the owned ones, and those linked to them."""
+    dimensions = relations.dimensions
+    keep = {root: mask.copy() for root, mask in owned.items() if not mask.all()}
+    changed = True
+    while changed:
+        changed = False
+        for link in dimensions.links:
+            for a, ia, b, ib in (tuple(link), (link[2], link[3], link[0], link[1])):
+                if a in keep and b not in owned:
+                    mask = keep.get(b, np.ones((dimensions.size(b),), bool))
+                    if (mask[ib] & ~keep[a][ia]).any():
+                        mask[ib] &= keep[a][ia]
+                        keep[b] = mask
+                        changed = True
+    return keep
+
+
+def _smaller(fn: Callable[..., Any], structs: Any, plan: CompactionPlan) -> Callable[..., Any]:
+    count = len(plan.leaves)
+
+    def compacted(params: Any, *inputs: Any) -> Any:
+        leaves = _checked(params, structs, plan)
+        examples = _structs(inputs, "inputs")
+        program, out = trace(fn, (structs, *examples), (False,) + (True,) * len(examples))
+        entries = program.block.inputs
+        relations = Relations(program)
+        _pin(relations, entries[:count])
+        _check_inputs(relations, entries[count:], plan)
+        owned = _planned(relations, entries, (*plan.leaves, *plan.inputs))
+        cut = Cut(relations, _complete(relations, owned))
+        cut_inputs = [
+            cut.take(slot, value)
+            for slot, value in zip(entries[count:], jax.tree.leaves(inputs), strict=True)
+        ]
+        results = _run(program.block, [*leaves, *cut_inputs], cut)
+        return jax.tree.unflatten(out, results)
+
+    return compacted
+
+
+def _checked(params: Any, structs: Any, plan: CompactionPlan) -> list[Any]:
+    if jax.tree.structure(params) != jax.tree.structure(structs):
+        raise ValueError(
+            "params: the tree is not the one that was compacted. Expected "
+            f"{jax.tree.structure(structs)}, got {jax.tree.structure(params)}."
+        )
+    leaves = jax.tree.leaves(params)
+    for leaf, planned in zip(leaves, plan.leaves, strict=True):
+        if jnp.shape(leaf) != planned.new_shape:
+            hint = " (of the network before compaction)" if jnp.shape(leaf) == planned.shape else ""
+            raise ValueError(
+                f"params: the leaf {planned.path!r} has shape {jnp.shape(leaf)}{hint}; the compacted "
+                f"network needs {planned.new_shape}. Pass the params that compact returned, or ones "
+                "trained from them."
+            )
+    return leaves
+
+
+def _check_inputs(relations: Relations, slots: Sequence[int], plan: CompactionPlan) -> None:
+    if len(slots) != len(plan.inputs):
+        raise ValueError(
+            f"inputs: {len(slots)} arrays were given; the function was compacted for "
+            f"{len(plan.inputs)}."
+        )
+    for slot, planned, variable in zip(slots, plan.inputs, plan.variable, strict=True):
+        shape = relations.program.avals[slot].shape
+        if len(shape) != len(planned.shape):
+            raise ValueError(
+                f"inputs: {planned.path or 'the input'} has shape {shape}; the function was compacted "
+                f"for {planned.shape}."
+            )
+        now = _variable(relations, slot)
+        for d, (size, old) in enumerate(zip(shape, planned.shape, strict=True)):
+            free = variable[d] if isinstance(size, int) and size == 1 else now[d]
+            if not (isinstance(size, int) and size == old) and not free:
+                raise ValueError(
+                    f"inputs: {planned.path or 'the input'} has shape {shape}; the function was "
+                    f"compacted for {planned.shape}, and along axis {d} its parameters, constants or "
+                    f"slices look at single indices. Compact it for this shape: compact(fn, params, ...)."
+                )
+
+
+def _planned(
+    relations: Relations, entries: Sequence[int], plans: Sequence[LeafPlan]
+) -> dict[int, np.ndarray]:
+    """A plan's indices as those of the dimensions of a new trace."""
+    dimensions = relations.dimensions
+    owned: dict[int, np.ndarray] = {}
+    for slot, plan in zip(entries, plans, strict=True):
+        for axis, kept in zip(relations.axes[slot], plan.kept, strict=True):
+            roots = dimensions.expand(axis)
+            if kept is None:
+                continue
+            sizes = [dimensions.size(root) for root in roots]
+            flat = np.zeros(int(np.prod(sizes)), bool)
+            flat[kept] = True
+            for place, root in enumerate(roots):
+                others = tuple(e for e in range(len(sizes)) if e != place)
+                mask = flat.reshape(sizes).any(axis=others)
+                if not np.array_equal(owned.setdefault(root, mask), mask):
+                    raise ValueError(
+                        f"inputs: at these shapes the function does not fit the plan (axis of "
+                        f"{plan.path!r}). Compact it for them: compact(fn, params, ...)."
+                    )
+    for slot in entries:
+        for axis in relations.axes[slot]:
+            for root in dimensions.expand(axis):
+                if isinstance(dimensions.size(root), int):
+                    owned.setdefault(root, np.ones((dimensions.size(root),), bool))
+    return owned
+
+
+def _run(block: Block, arguments: Sequence[Any], cut: Cut) -> list[Any]:
+    values = dict(zip(block.inputs, arguments, strict=True))
+    constants = cut.relations.program.constants
+
+    def read(slot: int) -> Any:
+        return values[slot] if slot in values else cut.take(slot, constants[slot])
+
+    for step in block.steps:
+        operands = [read(slot) for slot in step.inputs]
+        if all(cut.is_whole(slot) for slot in (*step.inputs, *step.outputs)):
+            results = bind(step, *operands)
+        elif step.call is None:
+            results = run_cut(step, operands, cut)
+        else:
+            results = _call(step, operands, cut)
+        values |= dict(zip(step.outputs, results, strict=True))
+    return [read(slot) for slot in block.outputs]
+
+
+def _call(step: Step, operands: Sequence[Any], cut: Cut) -> Sequence[Any]:
+    """Runs a call on cut operands as a call of the same kind, with its rules cut alike."""
+    call, count = step.call, len(step.outputs)
+    if call is None:
+        raise TypeError(f"{step.name} is no call")
+
+    def body(*arguments):
+        return tuple(_run(call.body, arguments, cut))
+
+    if call.kind == "checkpoint":
+        policy, prevent = step.params["policy"], step.params["prevent_cse"]
+        return jax.checkpoint(body, policy=policy, prevent_cse=prevent)(*operands)
+    if call.kind == "custom_jvp":
+        (rule,) = call.rules
+        function = jax.custom_jvp(body)
+
+        def jvp(primals, tangents):
+            chosen = [tangents[i] for i in call.differentiable]
+            out = _run(rule, [*primals, *chosen], cut)
+            return tuple(out[:count]), tuple(out[count:])
+
+        function.defjvp(jvp)
+        return function(*operands)
+    forward, backward = call.rules
+    reverse = jax.custom_vjp(body)
+
+    def there(*arguments):
+        out = _run(forward, arguments, cut)
+        return tuple(out[:count]), out[count:]
+
+    def back(residuals, cotangents):
+        found = iter(_run(backward, [*residuals, *cotangents], cut))
+        return tuple(
+            next(found) if i in call.differentiable else None for i in range(len(step.inputs))
+        )
+
+    reverse.defvjp(there, back)
+    return reverse(*operands)

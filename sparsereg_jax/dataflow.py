@@ -1,0 +1,321 @@
+"""Which entries of a function's values depend on its input, and which its result depends on.
+
+Entry by entry, at one example shape. Forwards: an entry *varies* if some input can change it;
+otherwise its value is known. Backwards: an entry is *needed* if changing it could change the
+result. A product with a known zero neither varies nor needs its other factor, and a known zero
+that is only summed up is not needed. Both directions run the program's own primitives on
+indicators (0 and 1), so that every layout of a matrix product or a convolution is covered by JAX's
+own rules; what is not known here varies whenever an input reaches it, and needs all it is given.
+
+Values are taken to be finite: 0 times an infinity is not looked at.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .axis_rules import CARRIERS, ELEMENTWISE, LOOKUPS, REDUCTIONS, WINDOWS, carried
+from .program import Program, Step, all_steps, bind
+
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+# Each result is one operand's entry (or the fill): linear, and 0 or 1 stays 0 or 1.
+MOVES = frozenset(
+    "reshape broadcast_in_dim transpose squeeze slice pad concatenate split rev".split()
+)
+
+
+class Known(NamedTuple):
+    """What is known of one value: where it varies, and what it is where it does not."""
+
+    varies: np.ndarray  # bool, of the value's shape (perhaps a broadcast view)
+    value: np.ndarray | None  # meaningless where it varies; None where all of it does
+
+    @property
+    def nonzero(self) -> np.ndarray:
+        """Entries that may differ from zero."""
+        if self.value is None:
+            return self.varies
+        return self.varies | (self.value != 0)
+
+
+def constant(value: Any) -> Known:
+    """A value that no input changes."""
+    if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return unknown(value.shape)
+    value = np.asarray(value)
+    return Known(np.broadcast_to(np.False_, value.shape), value)
+
+
+def unknown(shape: tuple[int, ...]) -> Known:
+    """A value of which every entry varies."""
+    return Known(np.broadcast_to(np.True_, shape), None)
+
+
+def run(step: Step, *operands: Any, **changed: Any) -> list[Any]:
+    """Runs a step's primitive on host arrays."""
+    return bind(step, *(jnp.asarray(operand) for operand in operands), **changed)
+
+
+def as_sum(step: Step, *operands: Any) -> np.ndarray:
+    """A product on single-precision operands, at full precision."""
+    (out,) = run(
+        step,
+        *(np.asarray(operand, np.float32) for operand in operands),
+        preferred_element_type=np.dtype(np.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return np.asarray(out)
+
+
+def forwards(program: Program, values: Sequence[Known]) -> dict[int, Known]:
+    """What is known of every slot, from what is known of the program's inputs."""
+    known = dict(zip(program.block.inputs, values, strict=True))
+    known |= {slot: constant(value) for slot, value in program.constants.items()}
+    for step in all_steps(program.block):
+        if step.call is not None:
+            results = [known[slot] for slot in step.call.body.outputs]
+        else:
+            results = _forward(step, [known[slot] for slot in step.inputs], program.avals)
+        known |= dict(zip(step.outputs, results, strict=True))
+    return known
+
+
+def backwards(program: Program, known: dict[int, Known]) -> dict[int, np.ndarray]:
+    """Which entries of every slot are needed for the program's results."""
+    needed: dict[int, np.ndarray] = {}
+
+    def need(slot: int, which: np.ndarray) -> None:
+        old = needed.get(slot)
+        needed[slot] = which if old is None or which.all() else old | which
+
+    for slot in program.block.outputs:
+        need(slot, np.broadcast_to(np.True_, program.avals[slot].shape))
+    for step in reversed(list(all_steps(program.block))):
+        wanted = [
+            needed.get(slot, np.broadcast_to(np.False_, program.avals[slot].shape))
+            for slot in step.outputs
+        ]
+        if not any(want.any() for want in wanted):
+            continue
+        if step.call is not None:
+            for slot, want in zip(step.call.body.outputs, wanted, strict=True):
+                need(slot, want)
+        else:
+            operands = [known[slot] for slot in step.inputs]
+            for slot, want in zip(
+                step.inputs, _backward(step, operands, wanted, program.avals), strict=True
+            ):
+                need(slot, want)
+    return needed
+
+
+def _forward(step: Step, operands: list[Known], avals: list[Any]) -> list[Known]:
+    shapes = [avals[slot].shape for slot in step.outputs]
+    if not any(operand.varies.any() for operand in operands):
+        if any(operand.value is None for operand in operands):
+            return [unknown(shape) for shape in shapes]  # keys of random numbers, empty arrays
+        return [constant(out) for out in run(step, *(operand.value for operand in operands))]
+    varies = _varies(step, operands, shapes, avals)
+    if varies is None or all(which.all() for which in varies):
+        return [unknown(shape) for shape in shapes]
+    if step.name in LOOKUPS and any(operand.varies.any() for operand in operands[1:]):
+        values = _looked_up(step, operands, avals)
+    else:
+        values = run(
+            step,
+            *(
+                np.zeros(avals[slot].shape, avals[slot].dtype)
+                if operand.value is None
+                else np.where(operand.varies, np.zeros((), operand.value.dtype), operand.value)
+                for slot, operand in zip(step.inputs, operands, strict=True)
+            ),
+        )
+    return [Known(which, np.asarray(value)) for which, value in zip(varies, values, strict=True)]
+
+
+def _varies(
+    step: Step, operands: list[Known], shapes: list[tuple[int, ...]], avals: list[Any]
+) -> list[np.ndarray] | None:
+    """Which entries of the results vary; None for all of them."""
+    name = step.name
+    if name in ELEMENTWISE:
+        which = [np.broadcast_to(operand.varies, shapes[0]) for operand in operands]
+        out = np.logical_or.reduce(which)
+        if name in ("mul", "and"):
+            out = out & operands[0].nonzero & operands[1].nonzero
+        elif name == "div":
+            out = out & operands[0].nonzero
+        elif name == "select_n" and operands[0].value is not None:
+            chosen = np.broadcast_to(operands[0].value, shapes[0]).astype(int)
+            out = np.choose(chosen, which[1:]) | which[0]
+        return [np.broadcast_to(out, shapes[0])]
+    if name in PRODUCTS:
+        a, b = operands
+        if a.varies.all() and b.varies.all():
+            return None
+        out = np.zeros(shapes[0], bool)
+        if a.varies.any():
+            out |= as_sum(step, a.varies, b.nonzero) != 0
+        if b.varies.any():
+            out |= as_sum(step, a.nonzero, b.varies) != 0
+        return [out]
+    if name in MOVES:
+        if all(operand.varies.all() for operand in operands):
+            return None
+        moved = run(step, *(operand.varies.astype(np.float32) for operand in operands))
+        return [np.asarray(out) != 0 for out in moved]
+    if name in LOOKUPS:
+        if any(operand.varies.any() for operand in operands[1:]):
+            table = operands[0]
+            if table.value is None:
+                return None
+            gone = _gone(step, avals)
+            mixed = table.varies | (table.value != _first(table.value, gone))
+            return [_spread(mixed.any(axis=gone), step, avals, shapes[0])]
+        moved = run(
+            step,
+            operands[0].varies.astype(np.float32),
+            *(operand.value for operand in operands[1:]),
+            **({"fill_value": None} if name == "gather" else {}),
+        )
+        return [np.asarray(out) != 0 for out in moved]
+    if name in CARRIERS:
+        which = []
+        for places, operand in zip(carried(step, avals), operands, strict=True):
+            if operand.varies.all():
+                return None
+            if name in WINDOWS:
+                which.append(np.asarray(_window_sum(step, operand.varies.astype(np.float32))) != 0)
+                continue
+            gone = tuple(d for d, place in enumerate(places) if place is None)
+            out = operand.varies.any(axis=gone, keepdims=name not in REDUCTIONS)
+            which.append(np.broadcast_to(out, shapes[0]))
+        return [np.logical_or.reduce(which)] * len(shapes)
+    return None
+
+
+def _backward(
+    step: Step, operands: list[Known], wanted: list[np.ndarray], avals: list[Any]
+) -> list[np.ndarray]:
+    name = step.name
+    shapes = [operand.varies.shape for operand in operands]
+    if name in ELEMENTWISE:
+        (want,) = wanted
+        each = [want] * len(operands)
+        if name == "mul":
+            each = [want & operands[1].nonzero, want & operands[0].nonzero]
+        elif name == "select_n" and operands[0].value is not None:
+            chosen = np.broadcast_to(operands[0].value, want.shape).astype(int)
+            fixed = ~np.broadcast_to(operands[0].varies, want.shape)
+            each = [want] + [want & ~(fixed & (chosen != i)) for i in range(len(operands) - 1)]
+        return [_narrow(which, shape) for which, shape in zip(each, shapes, strict=True)]
+    if name in PRODUCTS:
+        (want,) = wanted
+        a, b = operands
+        ones = [np.zeros(shape, np.float32) for shape in shapes]
+        first = _transpose(lambda x: _float_sum(step, x, b.nonzero), ones[:1], want)[0]
+        second = _transpose(lambda x: _float_sum(step, a.nonzero, x), ones[1:], want)[0]
+        return [first & a.nonzero, second & b.nonzero]
+    if name in MOVES:
+        examples = [np.zeros(shape, np.float32) for shape in shapes]
+        return _transpose(lambda *xs: bind(step, *xs), examples, *wanted)
+    if name in REDUCTIONS:
+        (want,) = wanted
+        gone = tuple(int(axis) for axis in step.params["axes"])
+        out = np.broadcast_to(np.expand_dims(want, gone), shapes[0])
+        return [out & operands[0].nonzero if name == "reduce_sum" else out]
+    if name in WINDOWS:
+        example = np.zeros(shapes[0], np.float32)
+        (out,) = _transpose(lambda x: [_window_sum(step, x)], [example], *wanted)
+        return [out & operands[0].nonzero if name == "reduce_window_sum" else out]
+    if name in LOOKUPS:
+        (want,) = wanted
+        rest = [np.broadcast_to(np.True_, shape) for shape in shapes[1:]]
+        if not any(operand.varies.any() for operand in operands[1:]):
+            indices = [jnp.asarray(operand.value) for operand in operands[1:]]
+            changed = {"fill_value": None} if name == "gather" else {}
+            (out,) = _transpose(
+                lambda x: bind(step, x, *indices, **changed), [np.zeros(shapes[0], np.float32)], want
+            )
+            return [out, *rest]
+        places = carried(step, avals)[0]
+        left = [place for place in places if place is not None]
+        along = want.any(axis=tuple(d for d in range(want.ndim) if d not in left))
+        order = sorted(left)
+        along = np.transpose(along, [order.index(place) for place in left])
+        gone = _gone(step, avals)
+        return [np.broadcast_to(np.expand_dims(along, gone), shapes[0]), *rest]
+    if name in CARRIERS:
+        gone = tuple(d for d, place in enumerate(carried(step, avals)[0]) if place is None)
+        want = np.logical_or.reduce([which.any(axis=gone, keepdims=True) for which in wanted])
+        return [np.broadcast_to(want, shape) for shape in shapes]
+    return [np.broadcast_to(np.True_, shape) for shape in shapes]
+
+
+def _transpose(fn: Any, examples: list[np.ndarray], *wanted: np.ndarray) -> list[np.ndarray]:
+    """Which entries of a linear function's operands reach the wanted entries of its results."""
+    pull = jax.linear_transpose(fn, *examples)
+    found = pull([jnp.asarray(which, jnp.float32) for which in wanted])
+    return [np.asarray(out) != 0 for out in found]
+
+
+def _float_sum(step: Step, a: Any, b: Any) -> list[Any]:
+    return bind(
+        step,
+        jnp.asarray(a, jnp.float32),
+        jnp.asarray(b, jnp.float32),
+        preferred_element_type=np.dtype(np.float32),
+    )
+
+
+def _window_sum(step: Step, operand: Any) -> Any:
+    params = step.params
+    return jax.lax.reduce_window(
+        operand,
+        np.float32(0),
+        jax.lax.add,
+        params["window_dimensions"],
+        params["window_strides"],
+        params["padding"],
+        params["base_dilation"],
+        params["window_dilation"],
+    )
+
+
+def _narrow(which: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Undoes a broadcast: an entry is needed if any of its copies is."""
+    if len(shape) < which.ndim:
+        return np.asarray(which.any()).reshape(shape)
+    stretched = tuple(d for d, n in enumerate(shape) if n != which.shape[d])
+    return which.any(axis=stretched, keepdims=True) if stretched else which
+
+
+def _gone(step: Step, avals: list[Any]) -> tuple[int, ...]:
+    return tuple(d for d, place in enumerate(carried(step, avals)[0]) if place is None)
+
+
+def _first(value: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    return value[tuple(slice(0, 1) if d in axes else slice(None) for d in range(value.ndim))]
+
+
+def _spread(
+    along: np.ndarray, step: Step, avals: list[Any], shape: tuple[int, ...]
+) -> np.ndarray:
+    """Puts the axes that a lookup carries where they are in its result."""
+    left = [place for place in carried(step, avals)[0] if place is not None]
+    order = sorted(range(len(left)), key=left.__getitem__)
+    full = [1] * len(shape)
+    for axis in order:
+        full[left[axis]] = along.shape[axis]
+    return np.broadcast_to(np.transpose(along, order).reshape(full), shape)
+
+
+def _looked_up(step: Step, operands: list[Known], avals: list[Any]) -> list[np.ndarray]:
+    value, gone = operands[0].value, _gone(step, avals)
+    if value is None:
+        raise AssertionError("a table that varies everywhere has no values to look up")
+    along = _first(value, gone).reshape([n for d, n in enumerate(value.shape) if d not in gone])
+    return [_spread(along, step, avals, avals[step.outputs[0]].shape)]
