@@ -1,5 +1,10 @@
 """Sparse networks in JAX: selective shrinkage for optax, iterative pruning within a bound."""
 
+from .compaction import Compacted as Compacted
+from .compaction import CompactionPlan as CompactionPlan
+from .compaction import compact as compact
+from .compaction import compaction_table as compaction_table
+from .compaction import new_widths as new_widths
 from .holding import HoldZerosState as HoldZerosState
 from .holding import held_mask as held_mask
 from .holding import hold_zeros as hold_zeros

@@ -23,6 +23,10 @@ class Link(NamedTuple):
     second: int
     second_indices: np.ndarray
 
+    def reversed(self) -> "Link":
+        """The same link, seen from the other side."""
+        return Link(self.second, self.second_indices, self.first, self.first_indices)
+
 
 class Dimensions:
     """Union-find over dimensions, with factorization.
@@ -150,9 +154,9 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _quotient(whole: Any, factor: Any) -> Any:
-    """whole / factor if it is a whole number greater than one, else None."""
+    """The quotient if it is a whole number greater than one, else None."""
     try:
         quotient, remainder = divmod(whole, factor)
-        return quotient if remainder == 0 and not quotient == 1 and not quotient == 0 else None
+        return quotient if remainder == 0 and quotient not in (0, 1) else None
     except Exception:  # symbolic sizes whose quotient is not known
         return None

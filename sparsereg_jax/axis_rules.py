@@ -1,6 +1,5 @@
 """What each primitive does with axes: which it joins, and how it runs on cut operands."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,18 +9,98 @@ from .axes import Axis, Dimensions
 from .program import Block, Program, Step, bind
 
 ELEMENTWISE = frozenset(
-    """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp conj convert_element_type
-    copy cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag
-    integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min mul ne neg nextafter not or
-    polygamma population_count pow real reduce_precision rem round rsqrt select_n shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
-    """.split()
+    [
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "and",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "conj",
+        "convert_element_type",
+        "copy",
+        "cos",
+        "cosh",
+        "digamma",
+        "div",
+        "eq",
+        "eq_to",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "igamma",
+        "igammac",
+        "imag",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "le_to",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "lt_to",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "or",
+        "polygamma",
+        "population_count",
+        "pow",
+        "real",
+        "reduce_precision",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "stop_gradient",
+        "sub",
+        "tan",
+        "tanh",
+        "xor",
+    ]
 )
 REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
+    [
+        "reduce_sum",
+        "reduce_max",
+        "reduce_min",
+        "reduce_prod",
+        "reduce_and",
+        "reduce_or",
+        "reduce_xor",
+        "argmax",
+        "argmin",
+    ]
 )
-WINDOWS = frozenset("reduce_window_sum reduce_window_max reduce_window_min".split())
+WINDOWS = frozenset(["reduce_window_sum", "reduce_window_max", "reduce_window_min"])
 _ALONG = {  # primitives that work along one axis -> where they say which
     "cumsum": "axis",
     "cumprod": "axis",
@@ -64,7 +143,12 @@ def carried(step: Step, avals: list[Any]) -> list[list[int | None]]:
             params["window_dimensions"], params["window_strides"], params["padding"], strict=True
         )
         for d, (size, stride, padding) in enumerate(trivial):
-            if size != 1 or stride != 1 or tuple(padding) != (0, 0) or params["base_dilation"][d] != 1:
+            if (
+                size != 1
+                or stride != 1
+                or tuple(padding) != (0, 0)
+                or params["base_dilation"][d] != 1
+            ):
                 same[0][d] = None
     elif step.name == "dynamic_slice":
         whole, part = avals[step.inputs[0]].shape, params["slice_sizes"]
@@ -101,10 +185,14 @@ class Relations:
         ]
         self.stops: list[Stop] = []
         self.kept: list[tuple[Axis, np.ndarray]] = []  # indices that must stay
+        sliced: dict[tuple[int, int], np.ndarray] = {}  # (slot, axis) -> indices in some slice
+        self._sliced = sliced
         for slot in program.constants:
             self.dimensions.pin(self._flat(slot))
         self._block(program.block)
         self.dimensions.settle()
+        for (slot, d), read in sliced.items():  # unread for want of a slice, not of weights
+            self.kept.append((self.axes[slot][d], np.flatnonzero(~read)))
 
     def _block(self, block: Block) -> None:
         for step in block.steps:
@@ -158,14 +246,14 @@ class Relations:
                             if _same(n, m):
                                 unify(a, b)
         elif name == "dot_general":
-            lhs, rhs, out = axes[step.inputs[0]], axes[step.inputs[1]], axes[step.outputs[0]]
+            lhs, rhs, result = (axes[slot] for slot in (*step.inputs, *step.outputs))
             (left, right), (left_batch, right_batch) = params["dimension_numbers"]
             for a, b in zip((*left, *left_batch), (*right, *right_batch), strict=True):
                 unify(lhs[a], rhs[b])
             free = [lhs[d] for d in left_batch]
             free += [lhs[d] for d in range(len(lhs)) if d not in (*left, *left_batch)]
             free += [rhs[d] for d in range(len(rhs)) if d not in (*right, *right_batch)]
-            for a, b in zip(free, out, strict=True):
+            for a, b in zip(free, result, strict=True):
                 unify(a, b)
         elif name == "conv_general_dilated":
             self._convolution(step)
@@ -186,6 +274,10 @@ class Relations:
             whole, part = step.inputs[0], step.outputs[0]
             strides = params["strides"] or (1,) * len(axes[whole])
             for d, (start, stride) in enumerate(zip(params["start_indices"], strides, strict=True)):
+                size = self._shape(whole)[d]
+                if isinstance(size, int) and size != 1:
+                    read = self._sliced.setdefault((whole, d), np.zeros((size,), bool))
+                    read[start : params["limit_indices"][d] : stride] = True
                 self._part(step, whole, part, d, start, stride)
         elif name == "pad":
             part, whole = step.inputs[0], step.outputs[0]
@@ -251,7 +343,7 @@ class Relations:
 
     def _convolution(self, step: Step) -> None:
         params, dimensions = step.params, self.dimensions
-        (lhs, rhs), (out,) = (self.axes[slot] for slot in step.inputs), (self.axes[step.outputs[0]],)
+        lhs, rhs, out = (self.axes[slot] for slot in (*step.inputs, *step.outputs))
         left, right, result = params["dimension_numbers"]
         if params["batch_group_count"] != 1:
             return self._stop(step, *lhs, *rhs, *out)
@@ -309,6 +401,15 @@ class Cut(NamedTuple):
     def is_whole(self, slot: int) -> bool:
         """Whether nothing is removed from the slot's value."""
         return all(self.mask(slot, d) is None for d in range(len(self.relations.axes[slot])))
+
+    def entries(self, slot: int) -> np.ndarray:
+        """Which entries of the slot's value stay."""
+        shape = self.relations.program.avals[slot].shape
+        kept: np.ndarray = np.broadcast_to(np.True_, shape)
+        for d in range(len(shape)):
+            if (mask := self.mask(slot, d)) is not None:
+                kept = kept & mask.reshape([-1 if e == d else 1 for e in range(len(shape))])
+        return kept
 
     def take(self, slot: int, value: Any) -> Any:
         """The kept part of a whole value."""
@@ -380,8 +481,3 @@ def run_cut(step: Step, operands: list[Any], cut: Cut) -> list[Any]:
 
 def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
-
-
-def size_of(shape: tuple[Any, ...]) -> Any:
-    """The number of entries."""
-    return math.prod(shape)

@@ -1,10 +1,9 @@
 """A smaller dense network that computes the same function, from the jaxpr of any JAX function.
 
-Four steps, each in its own module: ``program`` flattens the jaxpr; ``axis_rules`` says which axes
-must be cut alike; ``dataflow`` says which entries vary and which are needed; ``folding`` moves the
-constants of dead units out of the way. An index of a dimension goes when no value has a needed
-entry there. The smaller function traces the original anew at each input shape and runs its
-primitives on the smaller operands.
+Each step has its own module: ``program`` flattens the jaxpr; ``axis_rules`` says which axes must
+be cut alike; ``dataflow`` says which entries vary and which are needed; ``folding`` moves the constants
+of dead units out of the way; ``cutting`` chooses the indices that go. The smaller function traces
+the original anew at each input shape and runs its primitives on the smaller operands (``replay``).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .axis_rules import Cut, Relations, run_cut, take
-from .dataflow import backwards, constant, forwards, unknown
+from .axis_rules import Cut, Relations
+from .cutting import choose, complete
+from .dataflow import Known, constant, forwards, unknown
 from .folding import fold_constants
-from .program import Block, Step, bind, trace
+from .program import Program, trace
+from .replay import run_block
 from .selection import leaf_path
 
 
@@ -91,9 +92,9 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
     cut from the inputs inside the smaller function: it takes the same inputs.
 
     Args:
-        fn: ``fn(params, *inputs)``, traceable by JAX; without training-time randomness (dropout off,
-            batch norm with running statistics), so that there is one function to keep. For a Linen
-            model ``model.apply``; for an nnx one
+        fn: ``fn(params, *inputs)``, traceable by JAX; without training-time randomness (dropout
+            off, batch norm with running statistics), so that there is one function to keep. For a
+            Linen model ``model.apply``; for an nnx one
             ``lambda state, x: nnx.merge(graphdef, state)(x)`` after ``nnx.split(model)``.
         params: a tree of arrays with zeros, after ``prune`` or ``apply_mask``. Statistics of batch
             norms belong here, too: ``variables`` of a Linen model.
@@ -104,13 +105,15 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
         ``Compacted(fn, params, plan)``. ``fn(params, *inputs)`` is traced anew at each shape, so
         wrap it in ``jax.jit``; every input axis along which the function works alike, a batch axis
         for instance, may have another size than in the example, a symbolic one (``jax.export``)
-        too. It is differentiable; custom derivative rules are kept (for first derivatives).
+        too. It stays trainable: custom derivative rules are kept (for first derivatives), and kept
+        entries that are not zero have the gradients that they had, but for what acted only through
+        folded constants, which are fixed from then on.
         ``plan.leaves`` has the kept indices of each leaf and axis; ``new_widths(plan)`` the widths
         with which the model can be built anew. ``params`` keep their dtypes. Where there is nothing
         to remove, the network is returned as it is and the plan's table says why.
 
     Raises:
-        TypeError: ``fn`` cannot be traced, or ``params`` or ``inputs`` have a leaf that is no array.
+        TypeError: ``fn`` cannot be traced, or a leaf of ``params`` or ``inputs`` is no array.
         ValueError: later, in the smaller function: parameters of another structure or shape, or
             inputs with another size along an axis that may not vary.
 
@@ -123,9 +126,9 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
         ...     hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
         ...     return hidden @ params["w2"] + params["b2"]
         >>> params = {
-        ...     "w1": jnp.array([[1.0, 0.0, 2.0], [3.0, 0.0, 4.0]]),  # the second unit reads nothing
+        ...     "w1": jnp.array([[1.0, 0.0, 2.0], [3.0, 0.0, 4.0]]),  # unit 1 reads nothing
         ...     "b1": jnp.array([0.0, 0.5, 0.0]),
-        ...     "w2": jnp.array([[1.0], [2.0], [0.0]]),  # nothing reads the third
+        ...     "w2": jnp.array([[1.0], [2.0], [0.0]]),  # nothing reads unit 2
         ...     "b2": jnp.array([0.25]),
         ... }
         >>> small = compact(mlp, params, jax.ShapeDtypeStruct((1, 2), jnp.float32))
@@ -154,36 +157,37 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
 
     relations = Relations(program)
     _pin(relations, entries[:count])
-    leaves = [constant(leaf) for leaf in jax.tree.leaves(params)]
-    zeros = sum(
-        leaf.value.size - np.count_nonzero(leaf.value) for leaf in leaves if leaf.value is not None
-    )
-    varying = [unknown(program.avals[slot].shape) for slot in entries[count:]]
+    leaves = jax.tree.leaves(params)
     with jax.debug_nans(False), jax.debug_infs(False):
-        known = forwards(program, [*leaves, *varying])
-        changed, folds = fold_constants(program, known, entries[:count])
-        if changed:
-            for place, slot in enumerate(entries[:count]):
-                leaves[place] = constant(changed.get(slot, leaves[place].value))
-            known = forwards(program, [*leaves, *varying])
-        needed = backwards(program, known)
-    cut = Cut(relations, _kept(relations, needed, entries))
+        known = _known(program, leaves, {})
+        everything, _ = fold_constants(program, known, entries[:count])
+        cut = choose(relations, _known(program, leaves, everything), entries)
+        # Once more, with the constants of just those units that go.
+        changed, folds = fold_constants(
+            program, known, entries[:count], lambda slot: ~cut.entries(slot)
+        )
+        if changed.keys() | everything.keys():
+            cut = choose(relations, _known(program, leaves, changed), entries)
 
     new_leaves = [
-        take_all(changed.get(slot, leaf), [cut.mask(slot, d) for d in range(len(program.avals[slot].shape))])
-        for slot, leaf in zip(entries[:count], jax.tree.leaves(params), strict=True)
+        cut.take(slot, jnp.asarray(changed[slot]) if slot in changed else leaf)
+        for slot, leaf in zip(entries[:count], leaves, strict=True)
     ]
     where = dict(zip(entries[:count], paths, strict=True))
     plan = CompactionPlan(
         leaves=tuple(map(_leaf_plan, [cut] * count, entries[:count], paths)),
-        inputs=tuple(map(_leaf_plan, [cut] * len(entries[count:]), entries[count:], _paths(inputs))),
+        inputs=tuple(
+            map(_leaf_plan, [cut] * len(entries[count:]), entries[count:], _paths(inputs))
+        ),
         folded=tuple(FoldedConstants(f.where, f.units, where[f.leaf], f.added) for f in folds),
         stops=_stops(relations, where),
         variable=tuple(_variable(relations, slot) for slot in entries[count:]),
-        zeros=int(zeros),
+        zeros=sum(int((~known[slot].nonzero).sum()) for slot in entries[:count]),
     )
     return Compacted(
-        _smaller(fn, structs, plan), jax.tree.unflatten(jax.tree.structure(params), new_leaves), plan
+        _smaller(fn, structs, plan),
+        jax.tree.unflatten(jax.tree.structure(params), new_leaves),
+        plan,
     )
 
 
@@ -222,7 +226,7 @@ def compaction_table(plan: CompactionPlan) -> str:
         The table as text, one leaf a line, the totals, the inputs that are cut; then a line for
         each product whose constants were folded and for each operation that kept axes whole.
     """
-    rows = [("path", "shape", "compacted")]
+    rows: list[tuple[str, ...]] = [("path", "shape", "compacted")]
     rows += [(leaf.path, str(leaf.shape), str(leaf.new_shape)) for leaf in plan.leaves]
     sizes = [(np.prod(leaf.shape), np.prod(leaf.new_shape)) for leaf in plan.leaves]
     totals = [int(sum(column)) for column in zip(*sizes, strict=True)] or [0, 0]
@@ -249,14 +253,6 @@ def compaction_table(plan: CompactionPlan) -> str:
     return "\n".join(lines)
 
 
-def take_all(value: Any, masks: Sequence[np.ndarray | None]) -> Any:
-    """The kept indices of all axes; a leaf of which all stays is returned as it is."""
-    for axis, mask in enumerate(masks):
-        if mask is not None:
-            value = take(jnp.asarray(value), mask, axis)
-    return value
-
-
 def _structs(tree: Any, name: str) -> Any:
     def struct(path, leaf):
         try:
@@ -278,8 +274,8 @@ def _traced(fn: Callable[..., Any], structs: Any, examples: Sequence[Any]) -> An
         return trace(fn, (structs, *examples), (False,) + (True,) * len(examples))
     except (jax.errors.JAXTypeError, jax.errors.UnexpectedTracerError) as error:
         raise TypeError(
-            "fn cannot be traced: it looks at the values of its arguments (see below). compact needs "
-            "a function that jax.jit takes; bind flags and sizes to it by functools.partial."
+            "fn cannot be traced: it looks at the values of its arguments (see above). compact "
+            "needs a function that jax.jit takes; bind flags and sizes by functools.partial."
         ) from error
 
 
@@ -321,75 +317,15 @@ def _stops(relations: Relations, paths: dict[int, str]) -> tuple[Stop, ...]:
     return tuple(Stop(*key, tuple(axes)) for key, axes in found.items())
 
 
-def _kept(
-    relations: Relations, needed: dict[int, np.ndarray], entries: Sequence[int]
-) -> dict[int, np.ndarray]:
-    """The indices that stay: those with a needed entry in any value, and what they ask for."""
-    dimensions = relations.dimensions
-    keep: dict[int, np.ndarray] = {}
-    for slot, axes in enumerate(relations.axes):
-        which = needed.get(slot)
-        for d, axis in enumerate(axes):
-            roots = dimensions.expand(axis)
-            sizes = [dimensions.size(root) for root in roots]
-            along = None
-            for place, root in enumerate(roots):
-                mask = keep.setdefault(root, np.full(sizes[place], dimensions.is_frozen(root)))
-                if which is None or mask.all():
-                    continue
-                if along is None:
-                    others = tuple(e for e in range(which.ndim) if e != d)
-                    along = which.any(axis=others).reshape(sizes)
-                mask |= along.any(axis=tuple(e for e in range(len(sizes)) if e != place))
-    for axis, indices in relations.kept:
-        roots = dimensions.expand(axis)
-        for root in roots:
-            keep[root][indices if len(roots) == 1 else slice(None)] = True
-    for mask in keep.values():
-        if mask.size and not mask.any():
-            mask[0] = True  # an empty axis is more than some operations take
-    while True:
-        _share(relations, keep)
-        owned = _owned(relations, entries)
-        follows = _complete(relations, {root: keep[root] for root in owned})
-        if all((keep[root] == follows.get(root, True)).all() for root in keep):
-            return {root: mask for root, mask in keep.items() if not mask.all()}
-        for root in keep:
-            keep[root] |= follows.get(root, True)
-
-
-def _share(relations: Relations, keep: dict[int, np.ndarray]) -> None:
-    """Linked indices stay together."""
-    before = -1
-    while before != (before := sum(int(mask.sum()) for mask in keep.values())):
-        for link in relations.dimensions.links:
-            both = keep[link.first][link.first_indices] | keep[link.second][link.second_indices]
-            keep[link.first][link.first_indices] = both
-            keep[link.second][link.second_indices] = both
-
-
-def _owned(relations: Relations, entries: Sequence[int]) -> set[int]:
-    """The dimensions of leaves and inputs: a plan has these, all others follow from them."""
-    expand = relations.dimensions.expand
-    return {root for slot in entries for axis in relations.axes[slot] for root in expand(axis)}
-
-
-def _complete(relations: Relations, owned: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """The dimensions that lose indices: the owned ones, and those linked to them."""
-    dimensions = relations.dimensions
-    keep = {root: mask.copy() for root, mask in owned.items() if not mask.all()}
-    changed = True
-    while changed:
-        changed = False
-        for link in dimensions.links:
-            for a, ia, b, ib in (tuple(link), (link[2], link[3], link[0], link[1])):
-                if a in keep and b not in owned:
-                    mask = keep.get(b, np.ones((dimensions.size(b),), bool))
-                    if (mask[ib] & ~keep[a][ia]).any():
-                        mask[ib] &= keep[a][ia]
-                        keep[b] = mask
-                        changed = True
-    return keep
+def _known(
+    program: Program, leaves: Sequence[Any], changed: dict[int, np.ndarray]
+) -> dict[int, Known]:
+    entries = program.block.inputs
+    values = [
+        constant(changed.get(slot, leaf)) for slot, leaf in zip(entries, leaves, strict=False)
+    ]
+    varying = [unknown(program.avals[slot].shape) for slot in entries[len(leaves) :]]
+    return forwards(program, [*values, *varying])
 
 
 def _smaller(fn: Callable[..., Any], structs: Any, plan: CompactionPlan) -> Callable[..., Any]:
@@ -404,31 +340,32 @@ def _smaller(fn: Callable[..., Any], structs: Any, plan: CompactionPlan) -> Call
         _pin(relations, entries[:count])
         _check_inputs(relations, entries[count:], plan)
         owned = _planned(relations, entries, (*plan.leaves, *plan.inputs))
-        cut = Cut(relations, _complete(relations, owned))
+        cut = Cut(relations, complete(relations, owned))
         cut_inputs = [
             cut.take(slot, value)
             for slot, value in zip(entries[count:], jax.tree.leaves(inputs), strict=True)
         ]
-        results = _run(program.block, [*leaves, *cut_inputs], cut)
+        results = run_block(program.block, [*leaves, *cut_inputs], cut)
         return jax.tree.unflatten(out, results)
 
     return compacted
 
 
 def _checked(params: Any, structs: Any, plan: CompactionPlan) -> list[Any]:
-    if jax.tree.structure(params) != jax.tree.structure(structs):
+    found: Any = jax.tree.structure(params)
+    expected: Any = jax.tree.structure(structs)
+    if found != expected:
         raise ValueError(
-            "params: the tree is not the one that was compacted. Expected "
-            f"{jax.tree.structure(structs)}, got {jax.tree.structure(params)}."
+            f"params: the tree is not the one that was compacted. Expected {expected}, got {found}."
         )
     leaves = jax.tree.leaves(params)
     for leaf, planned in zip(leaves, plan.leaves, strict=True):
         if jnp.shape(leaf) != planned.new_shape:
-            hint = " (of the network before compaction)" if jnp.shape(leaf) == planned.shape else ""
+            dense = " (as before compaction)" if jnp.shape(leaf) == planned.shape else ""
             raise ValueError(
-                f"params: the leaf {planned.path!r} has shape {jnp.shape(leaf)}{hint}; the compacted "
-                f"network needs {planned.new_shape}. Pass the params that compact returned, or ones "
-                "trained from them."
+                f"params: the leaf {planned.path!r} has shape {jnp.shape(leaf)}{dense}; the "
+                f"compacted network needs {planned.new_shape}. Pass the params that compact "
+                "returned, or ones trained from them."
             )
     return leaves
 
@@ -443,8 +380,8 @@ def _check_inputs(relations: Relations, slots: Sequence[int], plan: CompactionPl
         shape = relations.program.avals[slot].shape
         if len(shape) != len(planned.shape):
             raise ValueError(
-                f"inputs: {planned.path or 'the input'} has shape {shape}; the function was compacted "
-                f"for {planned.shape}."
+                f"inputs: {planned.path or 'the input'} has shape {shape}; the function was "
+                f"compacted for {planned.shape}."
             )
         now = _variable(relations, slot)
         for d, (size, old) in enumerate(zip(shape, planned.shape, strict=True)):
@@ -452,8 +389,8 @@ def _check_inputs(relations: Relations, slots: Sequence[int], plan: CompactionPl
             if not (isinstance(size, int) and size == old) and not free:
                 raise ValueError(
                     f"inputs: {planned.path or 'the input'} has shape {shape}; the function was "
-                    f"compacted for {planned.shape}, and along axis {d} its parameters, constants or "
-                    f"slices look at single indices. Compact it for this shape: compact(fn, params, ...)."
+                    f"compacted for {planned.shape}, and along axis {d} its parameters, constants "
+                    "or slices look at single indices. Compact it for this shape, too."
                 )
 
 
@@ -473,11 +410,11 @@ def _planned(
             flat[kept] = True
             for place, root in enumerate(roots):
                 others = tuple(e for e in range(len(sizes)) if e != place)
-                mask = flat.reshape(sizes).any(axis=others)
+                mask = np.asarray(flat.reshape(sizes).any(axis=others))
                 if not np.array_equal(owned.setdefault(root, mask), mask):
                     raise ValueError(
-                        f"inputs: at these shapes the function does not fit the plan (axis of "
-                        f"{plan.path!r}). Compact it for them: compact(fn, params, ...)."
+                        "inputs: at these shapes the function does not fit the plan (an axis of "
+                        f"{plan.path!r}). Compact it for these shapes, too."
                     )
     for slot in entries:
         for axis in relations.axes[slot]:
@@ -485,62 +422,3 @@ def _planned(
                 if isinstance(dimensions.size(root), int):
                     owned.setdefault(root, np.ones((dimensions.size(root),), bool))
     return owned
-
-
-def _run(block: Block, arguments: Sequence[Any], cut: Cut) -> list[Any]:
-    values = dict(zip(block.inputs, arguments, strict=True))
-    constants = cut.relations.program.constants
-
-    def read(slot: int) -> Any:
-        return values[slot] if slot in values else cut.take(slot, constants[slot])
-
-    for step in block.steps:
-        operands = [read(slot) for slot in step.inputs]
-        if all(cut.is_whole(slot) for slot in (*step.inputs, *step.outputs)):
-            results = bind(step, *operands)
-        elif step.call is None:
-            results = run_cut(step, operands, cut)
-        else:
-            results = _call(step, operands, cut)
-        values |= dict(zip(step.outputs, results, strict=True))
-    return [read(slot) for slot in block.outputs]
-
-
-def _call(step: Step, operands: Sequence[Any], cut: Cut) -> Sequence[Any]:
-    """Runs a call on cut operands as a call of the same kind, with its rules cut alike."""
-    call, count = step.call, len(step.outputs)
-    if call is None:
-        raise TypeError(f"{step.name} is no call")
-
-    def body(*arguments):
-        return tuple(_run(call.body, arguments, cut))
-
-    if call.kind == "checkpoint":
-        policy, prevent = step.params["policy"], step.params["prevent_cse"]
-        return jax.checkpoint(body, policy=policy, prevent_cse=prevent)(*operands)
-    if call.kind == "custom_jvp":
-        (rule,) = call.rules
-        function = jax.custom_jvp(body)
-
-        def jvp(primals, tangents):
-            chosen = [tangents[i] for i in call.differentiable]
-            out = _run(rule, [*primals, *chosen], cut)
-            return tuple(out[:count]), tuple(out[count:])
-
-        function.defjvp(jvp)
-        return function(*operands)
-    forward, backward = call.rules
-    reverse = jax.custom_vjp(body)
-
-    def there(*arguments):
-        out = _run(forward, arguments, cut)
-        return tuple(out[:count]), out[count:]
-
-    def back(residuals, cotangents):
-        found = iter(_run(backward, [*residuals, *cotangents], cut))
-        return tuple(
-            next(found) if i in call.differentiable else None for i in range(len(step.inputs))
-        )
-
-    reverse.defvjp(there, back)
-    return reverse(*operands)

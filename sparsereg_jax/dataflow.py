@@ -10,7 +10,7 @@ own rules; what is not known here varies whenever an input reaches it, and needs
 Values are taken to be finite: 0 times an infinity is not looked at.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,17 @@ from .program import Program, Step, all_steps, bind
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 # Each result is one operand's entry (or the fill): linear, and 0 or 1 stays 0 or 1.
 MOVES = frozenset(
-    "reshape broadcast_in_dim transpose squeeze slice pad concatenate split rev".split()
+    [
+        "reshape",
+        "broadcast_in_dim",
+        "transpose",
+        "squeeze",
+        "slice",
+        "pad",
+        "concatenate",
+        "split",
+        "rev",
+    ]
 )
 
 
@@ -83,8 +93,17 @@ def forwards(program: Program, values: Sequence[Known]) -> dict[int, Known]:
     return known
 
 
-def backwards(program: Program, known: dict[int, Known]) -> dict[int, np.ndarray]:
-    """Which entries of every slot are needed for the program's results."""
+def backwards(
+    program: Program, known: dict[int, Known], kept: Callable[[int], np.ndarray | None]
+) -> dict[int, np.ndarray]:
+    """Which entries of every slot are needed for the program's results.
+
+    Args:
+        program: the traced function.
+        known: what :func:`forwards` says of it.
+        kept: entries that are to be right although no result needs them, in values of which some
+            entry is needed; None for none.
+    """
     needed: dict[int, np.ndarray] = {}
 
     def need(slot: int, which: np.ndarray) -> None:
@@ -94,6 +113,9 @@ def backwards(program: Program, known: dict[int, Known]) -> dict[int, np.ndarray
     for slot in program.block.outputs:
         need(slot, np.broadcast_to(np.True_, program.avals[slot].shape))
     for step in reversed(list(all_steps(program.block))):
+        for slot in step.outputs:
+            if slot in needed and needed[slot].any() and (also := kept(slot)) is not None:
+                need(slot, also)
         wanted = [
             needed.get(slot, np.broadcast_to(np.False_, program.avals[slot].shape))
             for slot in step.outputs
@@ -238,7 +260,9 @@ def _backward(
             indices = [jnp.asarray(operand.value) for operand in operands[1:]]
             changed = {"fill_value": None} if name == "gather" else {}
             (out,) = _transpose(
-                lambda x: bind(step, x, *indices, **changed), [np.zeros(shapes[0], np.float32)], want
+                lambda x: bind(step, x, *indices, **changed),
+                [np.zeros(shapes[0], np.float32)],
+                want,
             )
             return [out, *rest]
         places = carried(step, avals)[0]
@@ -290,7 +314,7 @@ def _narrow(which: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) < which.ndim:
         return np.asarray(which.any()).reshape(shape)
     stretched = tuple(d for d, n in enumerate(shape) if n != which.shape[d])
-    return which.any(axis=stretched, keepdims=True) if stretched else which
+    return np.asarray(which.any(axis=stretched, keepdims=True)) if stretched else which
 
 
 def _gone(step: Step, avals: list[Any]) -> tuple[int, ...]:
@@ -301,9 +325,7 @@ def _first(value: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return value[tuple(slice(0, 1) if d in axes else slice(None) for d in range(value.ndim))]
 
 
-def _spread(
-    along: np.ndarray, step: Step, avals: list[Any], shape: tuple[int, ...]
-) -> np.ndarray:
+def _spread(along: np.ndarray, step: Step, avals: list[Any], shape: tuple[int, ...]) -> np.ndarray:
     """Puts the axes that a lookup carries where they are in its result."""
     left = [place for place in carried(step, avals)[0] if place is not None]
     order = sorted(range(len(left)), key=left.__getitem__)
@@ -314,8 +336,6 @@ def _spread(
 
 
 def _looked_up(step: Step, operands: list[Known], avals: list[Any]) -> list[np.ndarray]:
-    value, gone = operands[0].value, _gone(step, avals)
-    if value is None:
-        raise AssertionError("a table that varies everywhere has no values to look up")
+    value, gone = np.asarray(operands[0].value), _gone(step, avals)
     along = _first(value, gone).reshape([n for d, n in enumerate(value.shape) if d not in gone])
     return [_spread(along, step, avals, avals[step.outputs[0]].shape)]

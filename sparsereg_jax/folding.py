@@ -8,7 +8,7 @@ keeps its value c₁ and gets the weights Σ (cᵢ / c₁) W[i]. The function st
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,9 @@ from .dataflow import PRODUCTS, Known, as_sum
 from .program import Program, Step, all_steps, bind
 
 # What may stand between a leaf and its use, or between a product and the bias that follows.
-_MOVES = frozenset("reshape transpose squeeze broadcast_in_dim convert_element_type copy".split())
+_MOVES = frozenset(
+    ["reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy"]
+)
 
 
 class Fold(NamedTuple):
@@ -41,7 +43,10 @@ class Units(NamedTuple):
 
 
 def fold_constants(
-    program: Program, known: dict[int, Known], leaves: Sequence[int]
+    program: Program,
+    known: dict[int, Known],
+    leaves: Sequence[int],
+    removed: Callable[[int], np.ndarray] | None = None,
 ) -> tuple[dict[int, np.ndarray], list[Fold]]:
     """Moves the constants of dead units out of the way.
 
@@ -49,6 +54,8 @@ def fold_constants(
         program: the traced function.
         known: what ``dataflow.forwards`` says of it.
         leaves: the slots of the parameters' leaves.
+        removed: which entries of a slot's value will go. Constants of units that stay are left
+            where they are, so that their gradients stay, too. None: all may go.
 
     Returns:
         The leaves that change, with their new values, and what was done.
@@ -62,6 +69,14 @@ def fold_constants(
             units = _constant_units(step, 1 - side, known[step.inputs[1 - side]])
             if weights is None or units is None:
                 continue
+            going = units.mask
+            if removed is not None:
+                gone = removed(step.inputs[1 - side])
+                order = (*units.inputs, *(d for d in range(gone.ndim) if d not in units.inputs))
+                gone = np.transpose(gone, order).reshape(*going.shape, -1)
+                going = going & gone.all(axis=-1)
+            if not going.any():
+                continue
             leaf, chain = weights
             old = values.get(leaf, known[leaf].value)
             if old is None or not jnp.issubdtype(old.dtype, jnp.floating):
@@ -70,19 +85,25 @@ def fold_constants(
             if operand.size != old.size:
                 continue
             rows = np.moveaxis(operand.astype(np.float64), units.weights, range(units.mask.ndim))
-            bias = _into_bias(graph, step, side, units, operand)
+            moved = units._replace(mask=going, values=np.where(going, units.values, 0.0))
+            bias = _into_bias(graph, step, side, moved, operand)
             if bias is not None:
                 where, added = bias
-                taking = values.get(where, known[where].value)
+                taking = np.asarray(values.get(where, known[where].value))
                 values[where] = (taking.astype(np.float64) + added).astype(taking.dtype)
-                rows[units.mask] = 0
-                folds.append(Fold(step.where, int(units.mask.sum()), where, added))
+                rows[going] = 0
+                folds.append(Fold(step.where, int(going.sum()), where, added))
             elif units.mask.sum() > 1 and units.mask.ndim == 1:
-                first = int(np.argmax(np.abs(units.values)))
-                moved = np.tensordot(units.values / units.values[first], rows, axes=1)
-                rows[units.mask] = 0
-                rows[first] = moved
-                folds.append(Fold(step.where, int(units.mask.sum()) - 1, leaf, None))
+                staying = units.values if removed is None else np.where(going, 0.0, units.values)
+                if not staying.any():
+                    continue
+                stays = int(np.argmax(np.abs(staying)))
+                going = going & (np.arange(going.size) != stays)
+                rows[stays] += np.tensordot(
+                    units.values[going] / units.values[stays], rows[going], 1
+                )
+                rows[going] = 0
+                folds.append(Fold(step.where, int(going.sum()), leaf, None))
             else:
                 continue
             new = np.moveaxis(rows, range(units.mask.ndim), units.weights)
@@ -122,7 +143,7 @@ class _Graph:
 
 
 def _constant_units(step: Step, side: int, operand: Known) -> Units | None:
-    value, shape = operand.value, operand.varies.shape
+    value = operand.value
     if value is None or value.size == 0:
         return None
     numbers = step.params["dimension_numbers"]

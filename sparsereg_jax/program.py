@@ -71,7 +71,9 @@ class Program(NamedTuple):
 def bind(step: Step, *operands: Any, **changed: Any) -> list[Any]:
     """Runs a step's primitive on other operands, with some of its parameters changed."""
     found = step.primitive.get_bind_params(step.params | changed)
-    functions, params = found if isinstance(found, tuple) else ((), found)  # jax before 0.10: a pair
+    functions, params = (
+        found if isinstance(found, tuple) else ((), found)
+    )  # jax before 0.10: a pair
     out = step.primitive.bind(*functions, *operands, **params)
     return list(out) if step.primitive.multiple_results else [out]
 
@@ -99,9 +101,13 @@ def trace(
         function's result.
     """
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*arguments)
-    flags = [flag for tree, flag in zip(arguments, varying, strict=True) for _ in jax.tree.leaves(tree)]
+    flags = [
+        flag for tree, flag in zip(arguments, varying, strict=True) for _ in jax.tree.leaves(tree)
+    ]
     table = _Table()
-    inputs = tuple(table.new(var.aval, flag) for var, flag in zip(closed.jaxpr.invars, flags, strict=True))
+    inputs = tuple(
+        table.new(var.aval, flag) for var, flag in zip(closed.jaxpr.invars, flags, strict=True)
+    )
     block = table.inline(closed.jaxpr, closed.consts, inputs)
     program = Program(block, table.avals, table.constants, table.reached)
     return program, jax.tree.structure(shape)
@@ -126,7 +132,9 @@ class _Table:
         self.constants[slot] = value
         return slot
 
-    def inline(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[int]) -> Block:
+    def inline(
+        self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[int], outer: str = ""
+    ) -> Block:
         slots: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             slots[var] = self.constant(var.aval, value)
@@ -142,14 +150,14 @@ class _Table:
             name = eqn.primitive.name
             if name in _INLINED:
                 inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-                block = self.inline(*_open(inner), operands)
+                block = self.inline(*_open(inner), operands, _where(eqn, outer))
                 steps.extend(block.steps)
                 slots.update(zip(eqn.outvars, block.outputs, strict=True))
                 continue
             reached = any(self.reached[slot] for slot in operands)
             results = tuple(self.new(var.aval, reached) for var in eqn.outvars)
             slots.update(zip(eqn.outvars, results, strict=True))
-            step = Step(eqn.primitive, eqn.params, operands, results, _where(eqn))
+            step = Step(eqn.primitive, eqn.params, operands, results, _where(eqn, outer))
             if name in _CHECKPOINTS:
                 body = self.inline(*_open(eqn.params["jaxpr"]), operands)
                 step = step._replace(call=Call("checkpoint", body))
@@ -231,12 +239,13 @@ def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
 
 
-def _where(eqn: Any) -> str:
+def _where(eqn: Any, outer: str) -> str:
+    """The module and the user's line; ``outer`` is that of the call around it."""
     stack = str(eqn.source_info.name_stack)
     frames = eqn.source_info.traceback.frames if eqn.source_info.traceback is not None else ()
     libraries = ("/jax/", "/flax/", "/haiku/", "/sparsereg_jax/", "/equinox/", "<frozen")
     for frame in frames:
         if not any(part in frame.file_name.replace("\\", "/") for part in libraries):
             line = f"{frame.file_name.replace(chr(92), '/').rsplit('/', 1)[-1]}:{frame.line_num}"
-            return f"{stack} ({line})" if stack else line
-    return stack or "?"
+            return outer or (f"{stack} ({line})" if stack else line)
+    return outer or stack or "a place that JAX does not name"
