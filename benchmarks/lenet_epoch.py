@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 import sparsereg_jax as sj
-from examples import data, lenet300, trainer
+from examples import data, models, trainer
 
 from .timing import Candidate, Row, compare, interleave
 
@@ -20,7 +20,7 @@ def measure(rounds: int, images: int = 55_000, batch: int = 100) -> list[Row]:
         random.standard_normal((images, 28, 28, 1), dtype=np.float32),
         random.integers(0, 10, images, dtype=np.int32),
     )
-    model, steps = lenet300.LeNet300(), images // batch
+    model, steps = models.LeNet300(), images // batch
     params = model.init(jax.random.key(0), noise.images[:1])
     selective = sj.selective_adam(1e-3, strength=sj.paper_strength(1e-3, steps))
     held = sj.hold_zeros(selective)

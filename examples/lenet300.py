@@ -27,13 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
 
 import sparsereg_jax as sj
 
 from . import data, figures, trainer
+from .models import LeNet300
 
 METHODS: dict[str, sj.Irrelevance | None] = {
     "selective": sj.exponential_irrelevance,  # the paper's, alpha = 1
@@ -66,20 +66,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "tune_strength": 5e-4,
     },
 }
-
-
-class LeNet300(nn.Module):
-    """LeCun et al. 1998: fully connected, 300 and 100 hidden units, here with ReLU."""
-
-    classes: int = 10
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """From images of any shape to logits."""
-        hidden = images.reshape(images.shape[0], -1)
-        for width in (300, 100):
-            hidden = nn.relu(nn.Dense(width)(hidden))
-        return nn.Dense(self.classes)(hidden)
 
 
 def adam(

@@ -1,9 +1,10 @@
 """A smaller dense network that computes the same function, from the jaxpr of any JAX function.
 
 Each step has its own module: ``program`` flattens the jaxpr; ``axis_rules`` says which axes must
-be cut alike; ``dataflow`` says which entries vary and which are needed; ``folding`` moves the constants
-of dead units out of the way; ``cutting`` chooses the indices that go. The smaller function traces
-the original anew at each input shape and runs its primitives on the smaller operands (``replay``).
+be cut alike; ``dataflow`` says which entries vary and which are needed; ``folding`` moves the
+constants of dead units out of the way; ``cutting`` chooses the indices that go. The smaller
+function traces the original anew at each input shape and runs its primitives on the smaller
+operands (``replay``).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -177,7 +178,12 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
     plan = CompactionPlan(
         leaves=tuple(map(_leaf_plan, [cut] * count, entries[:count], paths)),
         inputs=tuple(
-            map(_leaf_plan, [cut] * len(entries[count:]), entries[count:], _paths(inputs))
+            map(
+                _leaf_plan,
+                [cut] * len(entries[count:]),
+                entries[count:],
+                _paths({"inputs": inputs}),
+            )
         ),
         folded=tuple(FoldedConstants(f.where, f.units, where[f.leaf], f.added) for f in folds),
         stops=_stops(relations, where),
@@ -233,7 +239,7 @@ def compaction_table(plan: CompactionPlan) -> str:
     rows.append(("total", *map(str, totals)))
     for leaf in plan.inputs:
         if leaf.new_shape != leaf.shape:
-            rows.append((f"input {leaf.path}".rstrip(), str(leaf.shape), str(leaf.new_shape)))
+            rows.append((leaf.path, str(leaf.shape), str(leaf.new_shape)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -334,11 +340,14 @@ def _smaller(fn: Callable[..., Any], structs: Any, plan: CompactionPlan) -> Call
     def compacted(params: Any, *inputs: Any) -> Any:
         leaves = _checked(params, structs, plan)
         examples = _structs(inputs, "inputs")
+        _check_inputs(jax.tree.leaves(examples), plan, plan.variable)
         program, out = trace(fn, (structs, *examples), (False,) + (True,) * len(examples))
         entries = program.block.inputs
         relations = Relations(program)
         _pin(relations, entries[:count])
-        _check_inputs(relations, entries[count:], plan)
+        # An axis of one shows nothing: whether a longer one may vary, this trace says.
+        variable = [_variable(relations, slot) for slot in entries[count:]]
+        _check_inputs([program.avals[slot] for slot in entries[count:]], plan, variable)
         owned = _planned(relations, entries, (*plan.leaves, *plan.inputs))
         cut = Cut(relations, complete(relations, owned))
         cut_inputs = [
@@ -370,27 +379,24 @@ def _checked(params: Any, structs: Any, plan: CompactionPlan) -> list[Any]:
     return leaves
 
 
-def _check_inputs(relations: Relations, slots: Sequence[int], plan: CompactionPlan) -> None:
-    if len(slots) != len(plan.inputs):
+def _check_inputs(
+    inputs: Sequence[Any], plan: CompactionPlan, variable: Sequence[Sequence[bool]]
+) -> None:
+    """Refuses sizes other than the example's along axes that may not vary."""
+    if len(inputs) != len(plan.inputs):
         raise ValueError(
-            f"inputs: {len(slots)} arrays were given; the function was compacted for "
+            f"inputs: {len(inputs)} arrays were given; the function was compacted for "
             f"{len(plan.inputs)}."
         )
-    for slot, planned, variable in zip(slots, plan.inputs, plan.variable, strict=True):
-        shape = relations.program.avals[slot].shape
-        if len(shape) != len(planned.shape):
-            raise ValueError(
-                f"inputs: {planned.path or 'the input'} has shape {shape}; the function was "
-                f"compacted for {planned.shape}."
-            )
-        now = _variable(relations, slot)
-        for d, (size, old) in enumerate(zip(shape, planned.shape, strict=True)):
-            free = variable[d] if isinstance(size, int) and size == 1 else now[d]
-            if not (isinstance(size, int) and size == old) and not free:
+    for value, planned, free in zip(inputs, plan.inputs, variable, strict=True):
+        said = f"{planned.path} has shape {value.shape}; the function was compacted for"
+        if len(value.shape) != len(planned.shape):
+            raise ValueError(f"{said} {planned.shape}.")
+        for d, (size, old) in enumerate(zip(value.shape, planned.shape, strict=True)):
+            if not free[d] and not (isinstance(size, int) and size == old):
                 raise ValueError(
-                    f"inputs: {planned.path or 'the input'} has shape {shape}; the function was "
-                    f"compacted for {planned.shape}, and along axis {d} its parameters, constants "
-                    "or slices look at single indices. Compact it for this shape, too."
+                    f"{said} {planned.shape}, and along axis {d} its parameters, constants or "
+                    "slices look at single indices. Compact it for this shape, too."
                 )
 
 

@@ -124,8 +124,9 @@ class _Graph:
         self.uses = Counter(slot for step in self.steps for slot in step.inputs)
         self.uses.update(program.block.outputs)
         for step in all_steps(program.block):
-            if step.call is not None:  # a call's rules use what it is given, too
+            if step.call is not None and step.call.rules:  # which use what it is given, too
                 self.uses.update(step.inputs)
+            if step.call is not None:
                 self.uses.update(step.call.body.outputs)
 
     def lineage(self, slot: int) -> tuple[int, list[Step]] | None:

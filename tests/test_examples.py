@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import sparsereg_jax as sj
-from examples import data, figures, lenet300
+from examples import data, figures, lenet300, models
 
 FEW = ["--dense-epochs", "1", "--interval", "5", "--checks", "3", "--tune-epochs", "1"]
 
@@ -55,9 +55,18 @@ def test_same_seed_same_numbers_and_every_method(tmp_path, capsys):
     assert "mean over seeds" in capsys.readouterr().out
 
 
-def test_paper_size():
-    params = jax.eval_shape(lenet300.LeNet300().init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 266_610
+@pytest.mark.parametrize(
+    ("model", "shape", "parameters"),
+    [
+        (models.LeNet300(), (28, 28, 1), 266_610),
+        (models.LeNet5(), (28, 28, 1), 431_080),
+        (models.ResNet32(), (32, 32, 3), 464_154),
+    ],
+    ids=["LeNet-300-100", "LeNet-5", "ResNet-32"],
+)
+def test_paper_sizes(model, shape, parameters):
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
 
 
 def write_tiny(name, version, shape, folder):

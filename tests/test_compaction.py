@@ -1,0 +1,806 @@
+"""Compacted networks: widths worked out by hand, the same function, and what is refused."""
+
+import functools
+import subprocess
+import sys
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import export, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import sparsereg_jax as sj
+from examples import models
+
+from . import random_graphs
+
+
+@pytest.fixture(autouse=True)
+def ordinary_promotion():
+    """Users' functions add a bias of one axis to a batch of two; so do the ones of these tests."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def shapes(plan):
+    return {leaf.path: leaf.new_shape for leaf in plan.leaves}
+
+
+def randomized(tree, seed=0):
+    """A host copy whose vectors (biases, scales, statistics) are random, variances positive."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        value = np.array(leaf)
+        if value.ndim == 1:
+            value = rng.normal(size=value.shape).astype(value.dtype)
+            value = np.abs(value) + 0.5 if "var" in jax.tree_util.keystr(path) else value
+        return value
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+def agree(fn, params, small, *inputs, rtol=1e-5):
+    old = jax.tree.leaves(jax.jit(fn)(params, *inputs))
+    new = jax.tree.leaves(jax.jit(small.fn)(small.params, *inputs))
+    for a, b in zip(old, new, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(b, a, rtol=0, atol=rtol * np.abs(a).max())
+
+
+def half(tree):
+    def cast(leaf):
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(jnp.bfloat16) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+# --- planted masks, widths by hand -----------------------------------------------------------
+
+
+def lenet300():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 28, 28, 1)), jnp.float32)
+    model = models.LeNet300()
+    params = randomized(model.init(jax.random.key(0), x))
+    p = params["params"]
+    p["Dense_0"]["kernel"][:, 40:300] = 0  # units 40.. of the first layer are constant,
+    p["Dense_1"]["kernel"][5:20] = 0  # and nobody reads 5..19: 25 stay
+    p["Dense_1"]["kernel"][:, 0:30] = 0  # units 0..29 of the second are constant,
+    p["Dense_2"]["kernel"][90:] = 0  # nobody reads 90..: 60 stay
+    pixels = p["Dense_0"]["kernel"].reshape(28, 28, 300)
+    pixels[:3], pixels[:, 25:] = 0, 0  # 25 x 25 pixels stay
+    wanted = {
+        "params/Dense_0/kernel": (625, 25),
+        "params/Dense_0/bias": (25,),
+        "params/Dense_1/kernel": (25, 60),
+        "params/Dense_1/bias": (60,),
+        "params/Dense_2/kernel": (60, 10),
+        "params/Dense_2/bias": (10,),
+    }
+    return model.apply, params, x, wanted
+
+
+def lenet5():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 28, 28, 1)), jnp.float32)
+    model = models.LeNet5()
+    params = randomized(model.init(jax.random.key(0), x))
+    p = params["params"]
+    p["Conv_0"]["kernel"][..., :7] = 0  # 7 constant channels, no padding: 13 stay
+    p["Conv_1"]["kernel"][..., 10:30] = 0  # 20 constant channels,
+    p["Dense_0"]["kernel"].reshape(4, 4, 50, 500)[:, :, :4] = 0  # nobody reads 4 more: 26 stay
+    p["Dense_1"]["kernel"][100:] = 0  # nobody reads 400: 100 stay
+    wanted = {
+        "params/Conv_0/kernel": (5, 5, 1, 13),
+        "params/Conv_0/bias": (13,),
+        "params/Conv_1/kernel": (5, 5, 13, 26),
+        "params/Conv_1/bias": (26,),
+        "params/Dense_0/kernel": (4 * 4 * 26, 100),
+        "params/Dense_0/bias": (100,),
+        "params/Dense_1/kernel": (100, 10),
+        "params/Dense_1/bias": (10,),
+    }
+    return model.apply, params, x, wanted
+
+
+def resnet(blocks):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+    model = models.ResNet32(blocks=blocks)
+    params = randomized(model.init(jax.random.key(0), x))
+    p = params["params"]
+    last = 6 * blocks
+    inner = [16] * blocks + [32] * blocks + [64] * blocks
+    p["Conv_1"]["kernel"][..., :4] = 0  # inside block 0: 4 constant channels before a padded
+    p["BatchNorm_1"]["bias"][:4] = [-1, 1, 2, -1]  # convolution; one keeps what the two above 0
+    p["Conv_2"]["kernel"][:, :, 10:] = 0  # give, 6 are read by nobody: 16 - 3 - 6
+    inner[0] = 7
+    p[f"Conv_{last}"]["kernel"][:, :, 20:] = 0  # inside the last block: 20 stay
+    inner[-1] = 20
+    # Channel 5 of stage 1 is zero throughout; it is channel 13 of stage 2, 29 of stage 3.
+    channels = [5] * (blocks + 1) + [13] * blocks + [29] * blocks
+    for conv, channel in zip([0, *range(2, last + 1, 2)], channels, strict=True):
+        p[f"Conv_{conv}"]["kernel"][..., channel] = 0
+        for name in ("scale", "bias"):
+            p[f"BatchNorm_{conv}"][name][channel] = 0
+    stream = [15] * blocks + [31] * blocks + [63] * blocks
+    wanted = {"params/Dense_0/kernel": (63, 10), "params/Dense_0/bias": (10,)}
+    outputs = [15] + [n for pair in zip(inner, stream, strict=True) for n in pair]
+    inputs = [3] + [n for pair in zip([15, *stream], inner, strict=False) for n in pair]
+    for i, (n, m) in enumerate(zip(inputs, outputs, strict=True)):
+        wanted[f"params/Conv_{i}/kernel"] = (3, 3, n, m)
+        for name in ("params/BatchNorm_{}/scale", "params/BatchNorm_{}/bias"):
+            wanted[name.format(i)] = (m,)
+        for name in ("batch_stats/BatchNorm_{}/mean", "batch_stats/BatchNorm_{}/var"):
+            wanted[name.format(i)] = (m,)
+    return model.apply, params, x, wanted
+
+
+def resnet8():
+    return resnet(blocks=1)
+
+
+def resnet32():
+    return resnet(blocks=5)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, mask):
+        y = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(4, name="attention")(y, mask=mask)
+        y = nn.gelu(nn.Dense(24, name="up")(nn.LayerNorm()(x)))
+        return x + nn.Dense(x.shape[-1], name="down")(y)
+
+
+class Transformer(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(30, 16)
+        positions = self.param("positions", nn.initializers.normal(1.0), (9, 16))
+        x = embed(ids) + positions[: ids.shape[1]]
+        for i in range(2):
+            x = Block(name=f"block{i}")(x, nn.make_causal_mask(ids))
+        return embed.attend(nn.LayerNorm(name="norm")(x))
+
+
+def transformer():
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 30, size=(2, 6)))
+    model = Transformer()
+    params = randomized(model.init(jax.random.key(0), ids))
+    p = params["params"]
+    p["block0"]["down"]["kernel"][:5] = 0  # nobody reads 5 of 24
+    p["block1"]["up"]["kernel"][:, 20:] = 0  # 4 of 24 are constant
+    p["block0"]["attention"]["out"]["kernel"][1] = 0  # a head without a reader
+    attention = p["block1"]["attention"]
+    for name, lost in (("query", 0), ("key", 3)):  # dimensions 0 and 3 of all heads' products
+        attention[name]["kernel"][..., lost] = 0
+        attention[name]["bias"][:, lost] = 0
+    attention["value"]["kernel"][..., 2] = 0  # a dimension of the values,
+    attention["value"]["bias"][:, 2] = 0
+    attention["out"]["kernel"][:, 1] = 0  # and one that is not read
+    for leaf, axis in (("Embed_0/embedding", 1), ("positions", 1)):  # channel 7 of the stream
+        np.moveaxis(functools.reduce(lambda t, k: t[k], leaf.split("/"), p), axis, 0)[7] = 0
+    norms = [p["norm"]] + [p[b][n] for b in ("block0", "block1") for n in p[b] if "Norm" in n]
+    for norm in norms:
+        norm["scale"][7] = norm["bias"][7] = 0
+    for block in ("block0", "block1"):
+        for layer in (p[block]["down"], p[block]["attention"]["out"]):
+            layer["kernel"][..., 7] = layer["bias"][7] = 0
+    wanted = {"params/Embed_0/embedding": (30, 15), "params/positions": (9, 15)}
+    wanted |= {"params/norm/scale": (15,), "params/norm/bias": (15,)}
+    for block, up, heads, queries in (("block0", 19, 3, 4), ("block1", 20, 4, 2)):
+        path = f"params/{block}"
+        for norm in ("LayerNorm_0", "LayerNorm_1"):
+            wanted |= {f"{path}/{norm}/scale": (15,), f"{path}/{norm}/bias": (15,)}
+        wanted |= {f"{path}/up/kernel": (15, up), f"{path}/up/bias": (up,)}
+        wanted |= {f"{path}/down/kernel": (up, 15), f"{path}/down/bias": (15,)}
+        for name in ("query", "key", "value"):
+            wanted[f"{path}/attention/{name}/kernel"] = (15, heads, queries)
+            wanted[f"{path}/attention/{name}/bias"] = (heads, queries)
+        wanted[f"{path}/attention/out/kernel"] = (heads, queries, 15)
+        wanted[f"{path}/attention/out/bias"] = (15,)
+    return model.apply, params, ids, wanted
+
+
+class Mlp(nnx.Module):
+    def __init__(self, inputs, width, rngs):
+        self.first = nnx.Linear(inputs, width, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, use_running_average=True, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs, deterministic=True)
+        self.second = nnx.Linear(width, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(self.dropout(nnx.tanh(self.norm(self.first(x)))))
+
+
+def nnx_mlp():
+    graph, state = nnx.split(Mlp(8, 20, nnx.Rngs(0)))
+    kernel = np.array(state["first"]["kernel"][...])
+    kernel[:, 3:9] = 0
+    state["first"]["kernel"].set_value(jnp.asarray(kernel))
+    kernel = np.array(state["second"]["kernel"][...])
+    kernel[15:] = 0
+    state["second"]["kernel"].set_value(jnp.asarray(kernel))
+    wanted = {"first/kernel": (8, 9), "first/bias": (9,), "second/kernel": (9, 4)}
+    wanted |= {f"norm/{name}": (9,) for name in ("scale", "bias", "mean", "var")}
+    wanted |= {"second/bias": (4,), "dropout/rngs/key": (), "dropout/rngs/count": ()}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), jnp.float32)
+    return lambda state, x: nnx.merge(graph, state)(x), state, x, wanted
+
+
+def by_hand():
+    """Two branches of one input, concatenated, gated, and a scan that is not looked into."""
+    rng = np.random.default_rng(0)
+    params = {
+        "left": rng.normal(size=(5, 6)),
+        "right": rng.normal(size=(7, 5)),  # transposed
+        "gate": rng.normal(size=(13,)),
+        "mixed": rng.normal(size=(13, 4)),
+        "recurrent": rng.normal(size=(4, 4)),
+    }
+    params = {name: value.astype(np.float32) for name, value in params.items()}
+    params["left"][:, 2] = 0  # tanh(0) = 0: left unit 2 is zero
+    params["mixed"][4] = 0  # nobody reads left unit 4
+    params["gate"][6:8] = 0  # right units 0 and 1 are gated off
+    params["recurrent"][1] = 0
+
+    def fn(params, x):
+        left = jnp.tanh(x @ params["left"])
+        right = jnp.einsum("bi,oi->bo", x, params["right"])
+        mixed = (jnp.concatenate([left, right], axis=1) * params["gate"]) @ params["mixed"]
+
+        def step(carry, _):
+            return jnp.tanh(carry @ params["recurrent"]), None
+
+        return lax.scan(step, mixed, length=3)[0]
+
+    x = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
+    wanted = {"left": (5, 4), "right": (5, 5), "gate": (9,), "mixed": (9, 4), "recurrent": (4, 4)}
+    return fn, params, x, wanted
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lenet300,
+        lenet5,
+        resnet8,
+        pytest.param(resnet32, marks=pytest.mark.slow),
+        transformer,
+        nnx_mlp,
+        by_hand,
+    ],
+)
+def test_planted_masks_give_the_widths_worked_out_by_hand(network):
+    fn, params, x, wanted = network()
+    small = sj.compact(fn, params, x)
+    assert shapes(small.plan) == wanted
+    for leaf, planned in zip(jax.tree.leaves(small.params), small.plan.leaves, strict=True):
+        assert leaf.shape == planned.new_shape
+    assert jax.tree.structure(small.params) == jax.tree.structure(params)
+    agree(fn, params, small, x)
+    params16, x16 = half(params), half(x)
+    small16 = sj.compact(fn, params16, x16)
+    assert shapes(small16.plan) == wanted
+    agree(fn, params16, small16, x16, rtol=0.05)
+
+
+def test_unstructured_masks():
+    """Every parameter pruned at once, by magnitude: what a pruned network looks like."""
+    for network in (lenet300, lenet5, transformer):
+        fn, params, x, _ = network()
+        mask = sj.mask_by_sparsity(params, 0.97, mask=sj.every_parameter)
+        params = sj.apply_mask(params, mask)
+        small = sj.compact(fn, params, x)
+        agree(fn, params, small, x)
+        assert sum(np.prod(shape) for shape in shapes(small.plan).values()) < 0.7 * sum(
+            leaf.size for leaf in jax.tree.leaves(params)
+        )
+
+
+@pytest.mark.parametrize("first", [0, 3, 6])
+def test_random_networks(first):
+    for seed in range(first, first + 3):
+        random_graphs.check(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(9, 45, 4))
+def test_more_random_networks(first):
+    for seed in range(first, first + 4):
+        random_graphs.check(seed)
+
+
+# --- constants -------------------------------------------------------------------------------
+
+
+def mlp(params, x):
+    hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
+    out = hidden @ params["w2"]
+    return out + params["b2"] if "b2" in params else out
+
+
+def mlp_params(**changed):
+    rng = np.random.default_rng(0)
+    params = {"w1": rng.normal(size=(4, 5)), "b1": rng.normal(size=5)}
+    params |= {"w2": rng.normal(size=(5, 3)), "b2": rng.normal(size=3)}
+    return {name: np.float32(value) for name, value in (params | changed).items()}
+
+
+def test_constants_go_into_the_bias():
+    params = mlp_params(b1=np.array([0.5, 1.0, -2.0, 3.0, 0.25]))
+    params["w1"][:, [1, 2, 3]] = 0  # relu: 1, 0 and 3
+    small = sj.compact(mlp, params, jnp.ones((1, 4)))
+    assert shapes(small.plan) == {"w1": (4, 2), "b1": (2,), "w2": (2, 3), "b2": (3,)}
+    added = params["w2"][1] + 3 * params["w2"][3]
+    np.testing.assert_allclose(small.params["b2"], params["b2"] + added, rtol=1e-6)
+    np.testing.assert_array_equal(small.params["w2"], params["w2"][[0, 4]])
+    (fold,) = small.plan.folded
+    assert (fold.units, fold.path) == (2, "b2")
+    np.testing.assert_allclose(fold.added, added, rtol=1e-6)
+    hidden, out = (leaf for leaf in small.plan.leaves if leaf.path in ("b1", "b2"))
+    np.testing.assert_array_equal(hidden.kept[0], [0, 4])
+    assert out.kept == (None,)
+
+
+def test_without_a_bias_one_constant_unit_stays():
+    params = mlp_params(b1=np.array([0.5, 1.0, -2.0, 3.0, 0.25]))
+    del params["b2"]
+    params["w1"][:, [1, 2, 3]] = 0
+    small = sj.compact(mlp, params, jnp.ones((1, 4)))
+    assert shapes(small.plan) == {"w1": (4, 3), "b1": (3,), "w2": (3, 3)}
+    # The unit of the largest constant, 3, takes over that of 1.
+    np.testing.assert_allclose(small.params["w2"][1], params["w2"][3] + params["w2"][1] / 3, 1e-6)
+    (fold,) = small.plan.folded
+    assert (fold.units, fold.path, fold.added) == (1, "w2", None)
+    agree(
+        mlp, params, small, jnp.asarray(np.random.default_rng(1).normal(size=(6, 4)), jnp.float32)
+    )
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_constant_channels_under_padding(padding):
+    """The border of a padded convolution sees fewer copies of a constant: no bias can say that."""
+    rng = np.random.default_rng(0)
+    kernels = [rng.normal(size=(3, 3, 2, 4)), rng.normal(size=(3, 3, 4, 3))]
+    params = {"k1": kernels[0], "b1": np.array([0.3, 1.0, 2.0, -1.0]), "k2": kernels[1]}
+    params = {k: np.float32(v) for k, v in (params | {"b2": rng.normal(size=3)}).items()}
+    params["k1"][..., 1:] = 0  # constants 1, 2 and 0
+
+    def fn(params, x):
+        conv = functools.partial(
+            lax.conv_general_dilated,
+            window_strides=(1, 1),
+            padding=padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        hidden = jax.nn.relu(conv(x, params["k1"]) + params["b1"])
+        return conv(hidden, params["k2"]) + params["b2"]
+
+    x = jnp.asarray(rng.normal(size=(2, 7, 6, 2)), jnp.float32)
+    small = sj.compact(fn, params, x)
+    agree(fn, params, small, x)
+    (fold,) = small.plan.folded
+    if padding == "VALID":
+        assert shapes(small.plan)["k2"] == (3, 3, 1, 3)
+        assert (fold.units, fold.path) == (2, "b2")
+        added = params["k2"][:, :, 1].sum((0, 1)) + 2 * params["k2"][:, :, 2].sum((0, 1))
+        np.testing.assert_allclose(fold.added, added, rtol=1e-5)
+    else:
+        assert shapes(small.plan)["k2"] == (3, 3, 2, 3)
+        assert (fold.units, fold.path) == (1, "k2")
+
+
+def test_constants_that_differ_from_place_to_place_stay():
+    """A positional embedding is known, but not one constant: no bias can take it."""
+
+    def fn(params, x):
+        hidden = x @ params["w1"] + params["positions"]
+        return jnp.tanh(hidden) @ params["w2"] + params["b2"]
+
+    rng = np.random.default_rng(0)
+    params = {"w1": rng.normal(size=(3, 4)), "positions": rng.normal(size=(5, 4))}
+    params |= {"w2": rng.normal(size=(4, 2)), "b2": rng.normal(size=2)}
+    params = {name: np.float32(value) for name, value in params.items()}
+    params["w1"][:, :2] = 0
+    params["positions"][:, 0] = 0.7
+    x = jnp.asarray(rng.normal(size=(2, 5, 3)), jnp.float32)
+    small = sj.compact(fn, params, x)
+    assert shapes(small.plan)["positions"] == (5, 3)  # 0.7 everywhere goes, the other stays
+    agree(fn, params, small, x)
+
+
+def test_shared_weights_are_not_rewritten():
+    """One leaf read twice cannot lose rows for the sake of one of its uses."""
+
+    def fn(params, x):
+        hidden = jax.nn.relu(x @ params["w"] + params["b"])
+        return hidden @ params["w"] + params["c"]
+
+    params = {"w": np.random.default_rng(0).normal(size=(4, 4)), "b": np.ones(4), "c": np.ones(4)}
+    params = {name: np.float32(value) for name, value in params.items()}
+    params["w"][:, 2] = 0
+    x = jnp.ones((2, 4))
+    small = sj.compact(fn, params, x)
+    agree(fn, params, small, x)
+    assert shapes(small.plan) == {"w": (4, 4), "b": (4,), "c": (4,)}
+    assert not small.plan.folded
+
+
+# --- the smaller function --------------------------------------------------------------------
+
+
+def test_any_batch_size():
+    fn, params, x, _ = lenet5()
+    small = sj.compact(fn, params, jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32))
+    for batch in (1, 2, 5):
+        agree(fn, params, small, jnp.resize(x, (batch, 28, 28, 1)))
+    with pytest.raises(ValueError, match=r"shape \(2, 30, 28, 1\).*\(1, 28, 28, 1\).*axis 1"):
+        small.fn(small.params, jnp.ones((2, 30, 28, 1)))
+    with pytest.raises(ValueError, match=r"shape \(28, 28\)"):
+        small.fn(small.params, jnp.ones((28, 28)))
+
+
+def test_a_batch_that_the_function_looks_into_may_not_vary():
+    def fn(params, x):
+        return x @ params["w"] * params["of_this_batch"][:, None]
+
+    params = {"w": jnp.ones((3, 2)), "of_this_batch": jnp.array([1.0, 0.0, 2.0])}
+    small = sj.compact(fn, params, jnp.ones((3, 3)))
+    agree(fn, params, small, jnp.ones((3, 3)))
+    with pytest.raises(ValueError, match="axis 0"):
+        small.fn(small.params, jnp.ones((1, 3)))
+
+
+def test_an_axis_with_a_convolution_but_no_padding_or_weights_of_its_own():
+    """Positions that only attention and element-wise operations see may vary, too."""
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(4, 6)).astype(np.float32) for name in ("q", "k", "v")}
+    params["v"][:, 2] = 0
+
+    def fn(params, x):
+        q, k, v = (x @ params[name] for name in ("q", "k", "v"))
+        return jax.nn.softmax(q @ jnp.swapaxes(k, 1, 2)) @ v
+
+    small = sj.compact(fn, params, jnp.ones((1, 2, 4)))
+    agree(fn, params, small, jnp.asarray(rng.normal(size=(3, 5, 4)), jnp.float32))
+
+
+def test_exported_with_a_symbolic_batch_and_run_without_this_library(tmp_path):
+    fn, params, x, _ = lenet300()
+    small = sj.compact(fn, params, x)
+    (batch,) = export.symbolic_shape("batch")
+    exported = export.export(jax.jit(small.fn))(
+        small.params, jax.ShapeDtypeStruct((batch, 28, 28, 1), jnp.float32)
+    )
+    (tmp_path / "network").write_bytes(exported.serialize())
+    paths = [leaf.path for leaf in small.plan.leaves]
+    leaves = dict(zip(paths, jax.tree.leaves(small.params), strict=True))
+    np.savez(tmp_path / "params.npz", **leaves)
+    np.savez(tmp_path / "calls.npz", x=x, y=fn(params, x), y1=fn(params, x[:1]))
+    script = """
+import sys
+sys.modules["sparsereg_jax"] = None  # an import of it would raise
+import numpy as np
+from jax import export
+params = {}
+for path, leaf in np.load("params.npz").items():
+    *parents, name = path.split("/")
+    node = params
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[name] = leaf
+calls = np.load("calls.npz")
+network = export.deserialize(bytearray(open("network", "rb").read()))
+np.testing.assert_allclose(network.call(params, calls["x"]), calls["y"], rtol=0, atol=1e-5)
+np.testing.assert_allclose(network.call(params, calls["x"][:1]), calls["y1"], rtol=0, atol=1e-5)
+print("the same")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "the same\n", done.stderr
+
+
+def test_rebuilt_with_the_new_widths():
+    def widths(plan, *modules):
+        found = sj.new_widths(plan)
+        return [found[f"params/{module}"] for module in modules]
+
+    fn, params, x, _ = lenet300()
+    small = sj.compact(fn, params, x)
+    model = models.LeNet300(widths=widths(small.plan, "Dense_0", "Dense_1"))
+    rows, columns = small.plan.inputs[0].kept[1:3]
+    got = model.apply(small.params, x[:, rows][:, :, columns])
+    np.testing.assert_allclose(got, fn(params, x), rtol=0, atol=1e-5)
+
+    fn, params, x, _ = lenet5()
+    small = sj.compact(fn, params, x)
+    model = models.LeNet5(widths=widths(small.plan, "Conv_0", "Conv_1", "Dense_0"))
+    np.testing.assert_allclose(model.apply(small.params, x), fn(params, x), rtol=0, atol=1e-5)
+
+    fn, state, x, _ = nnx_mlp()
+    small = sj.compact(fn, state, x)
+    model = Mlp(8, sj.new_widths(small.plan)["first"], nnx.Rngs(1))
+    nnx.update(model, small.params)
+    np.testing.assert_allclose(model(x), fn(state, x), rtol=0, atol=1e-5)
+
+
+def test_gradients_of_kept_entries():
+    params = mlp_params()
+    params["w1"][:, 1] = 0
+    params["b1"][1] = 1.5
+    params["w2"][3] = 0
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(6, 4)), jnp.float32)
+    small = sj.compact(mlp, params, x)
+    assert small.plan.folded
+    old = jax.grad(lambda p: jnp.sum(jnp.sin(mlp(p, x))))(params)
+    new = jax.grad(lambda p: jnp.sum(jnp.sin(small.fn(p, x))))(small.params)
+    kept = np.array([0, 2, 4])
+    np.testing.assert_allclose(new["w1"], old["w1"][:, kept], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new["b1"], old["b1"][kept], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new["w2"], old["w2"][kept], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new["b2"], old["b2"], rtol=1e-5, atol=1e-6)
+
+
+def primitives(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
+                yield from primitives(getattr(value, "jaxpr", value))
+
+
+def test_custom_rules_are_kept_on_fewer_channels():
+    params = mlp_params(b1=np.zeros(5))
+    params["w1"][:, 3] = 0
+    small = sj.compact(mlp, params, jnp.ones((1, 4)))
+    jaxpr = jax.make_jaxpr(small.fn)(small.params, jnp.ones((2, 4))).jaxpr
+    calls = [eqn for eqn in primitives(jaxpr) if eqn.primitive.name == "custom_jvp_call"]
+    assert [eqn.outvars[0].aval.shape for eqn in calls] == [(2, 4)]
+    # relu'(0) = 0 is jax.nn's rule; that of the maximum would be 1/2.
+    slope = jax.grad(lambda b: jnp.sum(small.fn(small.params | {"b1": b}, jnp.zeros((1, 4)))))
+    np.testing.assert_array_equal(slope(jnp.zeros(4)), 0)
+
+    @jax.custom_vjp
+    def doubled(x):
+        return x * 1.0
+
+    doubled.defvjp(lambda x: (x * 1.0, x), lambda x, g: (2 * g * jnp.ones_like(x),))
+
+    def fn(params, x):
+        return doubled(x @ params["w1"]) @ params["w2"]
+
+    small = sj.compact(fn, params, jnp.ones((1, 4)))
+    assert shapes(small.plan)["w1"] == (4, 4)
+    old = jax.grad(lambda p: jnp.sum(fn(p, jnp.ones((2, 4)))))(params)
+    new = jax.grad(lambda p: jnp.sum(small.fn(p, jnp.ones((2, 4)))))(small.params)
+    np.testing.assert_allclose(new["w1"], old["w1"][:, [0, 1, 2, 4]], rtol=1e-5)
+
+
+def test_a_checkpoint_stays_one():
+    params = mlp_params()
+    params["w1"][:, 3] = 0
+    fn = jax.checkpoint(mlp, policy=jax.checkpoint_policies.dots_saveable)
+    small = sj.compact(fn, params, jnp.ones((1, 4)))
+    assert shapes(small.plan)["w1"] == (4, 4)
+    jaxpr = jax.make_jaxpr(small.fn)(small.params, jnp.ones((2, 4))).jaxpr
+    (remat,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in ("remat2", "checkpoint")]
+    assert remat.params["policy"] is jax.checkpoint_policies.dots_saveable
+    agree(fn, params, small, jnp.ones((2, 4)))
+
+
+def test_under_transformations():
+    params = mlp_params()
+    params["w1"][:, 3] = 0
+    small = sj.compact(mlp, params, jnp.ones((1, 4)))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(6, 2, 4)), jnp.float32)
+    wanted = mlp(params, x.reshape(12, 4)).reshape(6, 2, 3)
+    mapped = jax.vmap(small.fn, in_axes=(None, 0))(small.params, x)
+    np.testing.assert_allclose(mapped, wanted, rtol=1e-5, atol=1e-6)
+    scanned = lax.scan(lambda c, x: (c, small.fn(small.params, x)), None, x)[1]
+    np.testing.assert_allclose(scanned, wanted, rtol=1e-5, atol=1e-6)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), small.params)
+    assert jax.vmap(small.fn, in_axes=(0, None))(stacked, x[0]).shape == (2, 2, 3)
+
+
+def test_sharded():
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    params = mlp_params()
+    params["w1"][:, 3] = 0
+    small = sj.compact(
+        mlp, jax.device_put(params, NamedSharding(mesh, PartitionSpec())), jnp.ones((1, 4))
+    )
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(16, 4)), jnp.float32)
+    y = jax.jit(small.fn)(
+        small.params, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    )
+    np.testing.assert_allclose(y, mlp(params, x), rtol=1e-5, atol=1e-6)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data")), 2)
+
+
+def test_does_not_compile_again():
+    params = mlp_params()
+    params["w1"][:, 3] = 0
+    small = sj.compact(mlp, params, jnp.ones((1, 4)))
+    fn = jax.jit(small.fn)
+    fn(small.params, jnp.ones((2, 4)))
+    fn(small.params, jnp.zeros((2, 4)))
+    assert fn._cache_size() == 1
+
+
+# --- trees and dtypes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dtypes(dtype, x64):
+    params = {name: jnp.asarray(value, dtype) for name, value in mlp_params().items()}
+    params["w1"] = params["w1"].at[:, 3].set(0)
+    x = jnp.ones((2, 4), dtype)
+    small = sj.compact(mlp, params, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(small.params)} == {jnp.dtype(dtype)}
+    rtol = {"float16": 5e-3, "bfloat16": 5e-2, "float32": 1e-6, "float64": 1e-6}[dtype]
+    agree(mlp, params, small, x, rtol=rtol)
+
+
+def test_trees():
+    params = mlp_params()
+    params["w1"][:, 3] = 0
+    trees = {
+        "FrozenDict": (flax.core.freeze(params), lambda p: flax.core.unfreeze(p)),
+        "tuple": ((params["w1"], [params["b1"], None], {"w2": params["w2"]}), None),
+    }
+    frozen, thaw = trees["FrozenDict"]
+    small = sj.compact(lambda p, x: mlp(thaw(p), x), frozen, jnp.ones((1, 4)))
+    assert isinstance(small.params, flax.core.FrozenDict)
+    assert small.params["w1"].shape == (4, 4)
+
+    def fn(p, x):
+        return jax.nn.relu(x @ p[0] + p[1][0]) @ p[2]["w2"]
+
+    tree, _ = trees["tuple"]
+    small = sj.compact(fn, tree, jnp.ones((1, 4)))
+    assert [leaf.path for leaf in small.plan.leaves] == ["0", "1/0", "2/w2"]
+    assert small.params[1][1] is None
+    agree(fn, tree, small, jnp.ones((2, 4)))
+
+
+def test_several_inputs_and_outputs():
+    def fn(params, inputs, scale):
+        hidden = jax.nn.relu(inputs["a"] @ params["a"] + inputs["b"] @ params["b"])
+        return {"y": hidden @ params["w"] * scale, "size": jnp.sum(hidden, axis=1)}
+
+    rng = np.random.default_rng(0)
+    params = {
+        "a": rng.normal(size=(3, 5)),
+        "b": rng.normal(size=(2, 5)),
+        "w": rng.normal(size=(5, 2)),
+    }
+    params = {name: np.float32(value) for name, value in params.items()}
+    params["a"][:, 1] = params["b"][:, 1] = 0
+    params["b"][0] = 0
+    params["w"][2] = 0  # still in the sum
+    inputs = {"a": jnp.ones((4, 3)), "b": jnp.ones((4, 2))}
+    small = sj.compact(fn, params, inputs, 2.0)
+    assert shapes(small.plan) == {"a": (3, 4), "b": (1, 4), "w": (4, 2)}
+    agree(fn, params, small, inputs, 3.0)
+    assert [leaf.new_shape for leaf in small.plan.inputs] == [(4, 3), (4, 1), ()]
+
+
+def test_grouped_convolutions():
+    rng = np.random.default_rng(0)
+    params = {"depthwise": rng.normal(size=(3, 3, 1, 12)), "groups": rng.normal(size=(1, 1, 3, 8))}
+    params |= {"last": rng.normal(size=(8, 2))}
+    params = {name: np.float32(value) for name, value in params.items()}
+    params["depthwise"][..., 4:6] = 0  # both outputs of input channel 2
+    params["last"][[1, 3, 5, 7]] = 0  # the second output of each of the four groups
+    params["groups"][:, :, 1] = 0  # the second input of each group
+
+    def fn(params, x):
+        conv = functools.partial(
+            lax.conv_general_dilated,
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        x = conv(x, params["depthwise"], feature_group_count=6)
+        x = conv(x, params["groups"], feature_group_count=4)
+        return x.mean((1, 2)) @ params["last"]
+
+    x = jnp.asarray(rng.normal(size=(2, 5, 5, 6)), jnp.float32)
+    small = sj.compact(fn, params, x)
+    # 12 channels are (4 groups, 3 inputs) to the second and (6 inputs, 2 outputs) to the first: no
+    # common factors but (2, ...), so only what is dead for a whole factor goes.
+    agree(fn, params, small, x)
+    assert shapes(small.plan)["last"] == (4, 2)
+    assert shapes(small.plan)["groups"][3] == 4
+
+
+def test_depthwise_channels_go():
+    rng = np.random.default_rng(0)
+    params = {"k": rng.normal(size=(3, 3, 1, 12)).astype(np.float32)}
+    params |= {"w": rng.normal(size=(12, 2)).astype(np.float32)}
+    params["k"][..., 4:6] = 0  # both outputs of input channel 2
+
+    def fn(params, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = lax.conv_general_dilated(
+            x, params["k"], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=6
+        )
+        return jnp.tanh(x).mean((1, 2)) @ params["w"]
+
+    x = jnp.asarray(rng.normal(size=(2, 5, 5, 6)), jnp.float32)
+    small = sj.compact(fn, params, x)
+    assert shapes(small.plan) == {"k": (3, 3, 1, 10), "w": (10, 2)}
+    assert small.plan.inputs[0].new_shape == (2, 5, 5, 5)
+    agree(fn, params, small, x)
+
+
+# --- what is said ----------------------------------------------------------------------------
+
+
+def test_names_what_stood_in_the_way():
+    params = mlp_params()
+    params["w1"][:, 3] = 0
+
+    def fn(params, x):
+        return jnp.sort(x @ params["w1"], axis=1) @ params["w2"]
+
+    small = sj.compact(fn, params, jnp.ones((1, 4)))
+    assert shapes(small.plan)["w1"] == (4, 5)
+    (stop,) = small.plan.stops
+    assert stop.primitive == "sort"
+    assert "test_compaction.py:" in stop.where
+    assert stop.axes == (("w1", 1), ("w2", 0))
+    assert f"kept whole by sort at {stop.where}: w1 axis 1, w2 axis 0" in sj.compaction_table(
+        small.plan
+    )
+
+
+def test_without_zeros_it_says_so():
+    params = mlp_params()
+    small = sj.compact(mlp, params, jnp.ones((1, 4)))
+    assert small.params["w1"] is params["w1"]
+    assert "Nothing to remove: the parameters have no zeros." in sj.compaction_table(small.plan)
+    agree(mlp, params, small, jnp.ones((2, 4)))
+    params["w1"][0, 0] = 0
+    table = sj.compaction_table(sj.compact(mlp, params, jnp.ones((1, 4))).plan)
+    assert "no unit is without incoming or outgoing weights" in table
+
+
+def test_compacting_again_finds_nothing():
+    fn, params, x, wanted = resnet8()
+    small = sj.compact(fn, params, x)
+    again = sj.compact(small.fn, small.params, x)
+    assert shapes(again.plan) == wanted
+    assert not again.plan.folded
+
+
+def test_errors():
+    params = mlp_params()
+    params["w1"][:, 3] = 0
+    x = jnp.ones((2, 4))
+    small = sj.compact(mlp, params, x)
+    with pytest.raises(ValueError, match=r"'b1' has shape \(5,\) \(as before compaction\).*\(4,\)"):
+        small.fn(params, x)
+    with pytest.raises(
+        ValueError, match=r"'b1' has shape \(7,\); the compacted network needs \(4,\)"
+    ):
+        small.fn(small.params | {"b1": jnp.ones(7)}, x)
+    with pytest.raises(ValueError, match="params: the tree is not the one that was compacted"):
+        small.fn({"w1": small.params["w1"]}, x)
+    with pytest.raises(ValueError, match="inputs: 2 arrays were given"):
+        small.fn(small.params, (x, x))
+    with pytest.raises(TypeError, match=r"fn cannot be traced.*functools\.partial"):
+        sj.compact(lambda p, x: mlp(p, x) if x.sum() > 0 else x, params, x)
+    with pytest.raises(TypeError, match="params: the leaf 'name' is a str, not an array"):
+        sj.compact(mlp, params | {"name": "mlp"}, x)
+    with pytest.raises(TypeError, match="inputs: the leaf '1' is a str"):
+        sj.compact(mlp, params, x, "train")
