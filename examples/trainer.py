@@ -38,11 +38,18 @@ def trainer(
     data: Images,
     batch: int,
     steps: int,
+    smoothing: float = 0.0,
 ) -> Callable[[Record], Record]:
-    """Makes ``train``: a function from a record to the record ``steps`` steps later."""
+    """Makes ``train``: a function from a record to the record ``steps`` steps later.
+
+    The loss is the cross-entropy with the labels smoothed: 1 - ``smoothing`` for the right class,
+    the rest shared by all.
+    """
     images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
+    interval = jax.jit(
+        functools.partial(_interval, apply, tx, batch, steps, smoothing), donate_argnums=0
+    )
     # The data are arguments: as constants of the program they would be compiled into it.
-    interval = jax.jit(functools.partial(_interval, apply, tx, batch, steps), donate_argnums=0)
     return lambda record: interval(record, images, labels)
 
 
@@ -57,12 +64,13 @@ def accuracy(apply: Callable[..., Any], data: Images) -> Callable[[Any], jax.Arr
     return lambda params: share(params, images, labels)
 
 
-def _interval(apply, tx, batch, steps, record, images, labels):
+def _interval(apply, tx, batch, steps, smoothing, record, images, labels):
     steps_per_epoch = images.shape[0] // batch
 
     def loss(params, images, labels):
         logits = apply(params, images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        wanted = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+        return optax.softmax_cross_entropy(logits, wanted).mean()
 
     def shuffle(key, order):
         key, now = jax.random.split(jax.random.wrap_key_data(key))
