@@ -1,7 +1,8 @@
 """Which entries of an array are kept, in few bits: their gaps in a Huffman code, plane by plane.
 
-The entries are taken in C order, in blocks of equal length (:func:`spans`). A block that keeps more
-than half of its entries is described by those it drops. The distances between neighbours, gaps, go
+The entries are taken in C order. N of them are cut into B = ceil(N / 2^20) blocks, block i being
+those from floor(i N / B) to floor((i + 1) N / B). A block that keeps more than half of its entries
+is described by those it drops. The distances between neighbours, gaps, go
 into buckets, four to each power of two; the buckets have a Huffman code made for the block. What
 makes it fast without a compiler is the order of the bits: the first bit of every bucket's code,
 then the second bit of every code that has one, and so on, then the offsets within the buckets in
@@ -59,7 +60,7 @@ def entropy_bits(size: int, kept: int) -> float:
 
 
 def spans(size: int) -> Iterator[slice]:
-    """Cuts ``size`` entries into blocks, the fewest that are of equal length, but for one entry.
+    """Cuts ``size`` entries into the fewest blocks, equally long but for one entry.
 
     Args:
       size: the number of entries.

@@ -386,7 +386,7 @@ def _describe(container: Any, size: int) -> _Opened:
     _check_type(description, dict, "description")
     if description.get("version") != VERSION:
         raise ValueError(
-            f"version {str(description.get('version'))[:20]} of the format; this release of"
+            f"version {description.get('version')!r:.20} of the format; this release of"
             f" sparsereg_jax reads version {VERSION}"
         )
     checksum = description.pop("crc32", None)
