@@ -134,6 +134,7 @@ def run(count: int, seed: int, folder: Path) -> Result:
         rng = random.Random(number)
         original = rng.choice(sound)
         kind = rng.choice(list(KINDS))
+        path.unlink(missing_ok=True)  # to overwrite it takes some file systems ten times as long
         path.write_bytes(mutate(original.data, kind, rng))
         tracemalloc.reset_peak()
         held, _ = tracemalloc.get_traced_memory()
