@@ -2,7 +2,7 @@
 
     python -m benchmarks.fuzz_sparse_file --count 100000
 
-Four minutes on one core. Every file must be refused with SparseFileError or read; one whose
+Six minutes on one shared core. Every file must be refused with SparseFileError or read; one whose
 checksums were left alone must be refused or read as what was written. Anything else, a MemoryError
 under the limit on the process's memory included, is printed with the number that makes the file
 again, and the exit status is 1. The record goes to results/fuzz-sparse-file.json.
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsereg_jax import gap_coding, sparse_file
+from sparsereg_jax.__main__ import table
 from sparsereg_jax.sparse_file import KEY, SparseFileError, inspect_sparse, load_sparse, save_sparse
 
 from .run import hardware
@@ -140,7 +141,7 @@ def run(count: int, seed: int, folder: Path) -> Result:
         held, _ = tracemalloc.get_traced_memory()
         try:
             params, _ = load_sparse(path, max_bytes=MAX_BYTES)
-            inspect_sparse(path)
+            table(inspect_sparse(path))
         except SparseFileError:
             refused[kind] += 1
         except BaseException as error:  # panics of safetensors are no Exception

@@ -1,4 +1,4 @@
-"""Params with zeros to a small file and back: a safetensors container at the entropy bound.
+"""Params with zeros to a small file and back: a safetensors container near the entropy bound.
 
 A leaf is stored in one of two ways, whichever is smaller:
 
@@ -28,6 +28,7 @@ import json
 import math
 import os
 import secrets
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def save_sparse(
     Kept values are stored as they are and their positions in at most 1.05 times N·H(density) bits,
     for a million entries and more and densities from 0.005 to 0.9. The file appears whole or not
     at all: it is written beside its place, forced to the disk and moved. ``safetensors`` opens it
-    too. While writing, the file's content and one leaf are held in host memory, and some 30 MB.
+    too. While writing, the file's content and one leaf are held in host memory, and some 20 MB.
 
     Args:
       path: where to; an existing file is replaced, by convention ``*.safetensors``.
@@ -152,10 +153,10 @@ def save_sparse(
         "leaves": leaves,
     }
     try:
-        text = _dumps(description)
+        description = json.loads(_dumps(description))  # as it will be read
     except (TypeError, ValueError) as error:
         raise type(error)(f"metadata: JSON does not have it: {error}") from error
-    text = _dumps({**json.loads(text), "crc32": zlib.crc32(text.encode())})
+    text = _dumps({**description, "crc32": zlib.crc32(_dumps(description).encode())})
     if 2 * len(text) + sum(ENTRY + 6 * len(name) for name in tensors) > LARGEST_HEADER:
         raise ValueError(
             f"params, metadata: names, tree and metadata come near {LARGEST_HEADER >> 20} MiB, the"
@@ -172,7 +173,7 @@ def load_sparse(
 
     Nothing in a file is executed, lengths are checked before memory is taken for them, and flipped
     bits are found by checksums. Besides the arrays themselves, the stored form of one leaf and some
-    30 MB are held, and of the header up to some 30 times its bytes, which are 16 MiB at most.
+    20 MB are held, and of the header up to some 30 times its bytes, which are 16 MiB at most.
 
     Args:
       path: the file.
@@ -337,7 +338,7 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     beside = place.with_name(f".{KEY}-{secrets.token_hex(8)}.tmp")
     try:
         with beside.open("xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield beside
         os.chmod(beside, mode)  # whoever wrote it may have made another file, for its owner alone
         with beside.open("rb+") as file:
@@ -395,6 +396,8 @@ def _describe(container: Any, size: int) -> _Opened:
     for key, kind in (("leaves", list), ("metadata", dict), ("written_by", dict)):
         _check_type(description.get(key), kind, key)
 
+    for version in description["written_by"].values():
+        _check_type(version, str, "version of a package")
     tensors = set(container.keys())
     if len(description["leaves"]) > len(tensors):
         raise ValueError(f"{len(description['leaves'])} leaves, but {len(tensors)} tensors")
@@ -434,6 +437,8 @@ def _describe_leaf(container: Any, tensors: set[str], name: str, leaf: Any) -> S
     count = math.prod(stored_shape)
     width = dtype.itemsize
     if not sparse:
+        if not 0 <= leaf["kept"] <= count:
+            raise ValueError(f"{name!r} cannot keep {str(leaf['kept'])[:20]} of {count} entries")
         return SparseLeaf(name, stored_shape, dtype.name, count, leaf["kept"], count * width, None)
     pattern = container.get_slice(f"{name}.pattern")
     if pattern.get_dtype() != "U8" or len(pattern.get_shape()) != 1 or len(stored_shape) != 1:
@@ -441,8 +446,11 @@ def _describe_leaf(container: Any, tensors: set[str], name: str, leaf: Any) -> S
     if leaf["kept"] != count:
         raise ValueError(f"{name!r} has {count} values, not the {leaf['kept']} described")
     shape = _check_shape(leaf["shape"], dtype, name)
+    size = math.prod(shape)
+    if count > size:
+        raise ValueError(f"{name!r} cannot keep {count} of {size} entries")
     [coded] = pattern.get_shape()
-    return SparseLeaf(name, shape, dtype.name, math.prod(shape), count, count * width, coded)
+    return SparseLeaf(name, shape, dtype.name, size, count, count * width, coded)
 
 
 def _check_shape(shape: Any, dtype: np.dtype, name: str) -> tuple[int, ...]:
