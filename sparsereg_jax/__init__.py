@@ -64,5 +64,11 @@ from .shrinkage import selective_penalty as selective_penalty
 from .shrinkage import selective_sgd as selective_sgd
 from .shrinkage import selective_sgdw as selective_sgdw
 from .shrinkage import shrink_selectively as shrink_selectively
+from .sparse_file import SparseFile as SparseFile
+from .sparse_file import SparseFileError as SparseFileError
+from .sparse_file import SparseLeaf as SparseLeaf
+from .sparse_file import inspect_sparse as inspect_sparse
+from .sparse_file import load_sparse as load_sparse
+from .sparse_file import save_sparse as save_sparse
 
 __version__ = "0.1.0"

@@ -11,7 +11,16 @@ import pytest
 from rich.console import Console
 
 import sparsereg_jax as sj
-from benchmarks import lenet_epoch, masks, run, steps, timing
+from benchmarks import (
+    fuzz_sparse_file,
+    lenet_epoch,
+    masks,
+    run,
+    sparse_files,
+    steps,
+    timing,
+)
+from sparsereg_jax import sparse_file
 
 
 @pytest.fixture
@@ -194,3 +203,42 @@ def test_with_constant_irrelevance_both_sides_compute_the_same(form):
         )
         np.testing.assert_allclose(plain, theirs, rtol=1e-6, atol=1e-9)
         np.testing.assert_array_equal(sparse, np.where(keep, plain, 0))
+
+
+def test_sparse_files(tiny, monkeypatch, tmp_path, capsys):
+    layers = {"a": ((30, 40), 100), "b": ((5, 5, 3, 400), 7000), "c": ((8, 70_000), 90)}
+    small = sparse_files.network(layers, biases=4)
+    monkeypatch.setattr(sparse_files, "networks", lambda: {"small": small})
+    out = tmp_path / "record.json"
+    rows = sparse_files.main(["--rounds", "2", "--out", str(out)])
+    assert [row.form for row in rows] == [*sparse_files.FORMS, "bound"]
+    sizes = {row.form: row.bytes for row in rows}
+    values = 4 * (100 + 7000 + 90 + 3 * 4)
+    assert values < sizes["bound"] < values + small["b/kernel"].size / 8 + 90 * 2 + 100
+    assert sizes["bound"] < sizes["ours"] == min(sizes[form] for form in sparse_files.FORMS)
+    assert sizes["dense safetensors"] > 4 * sum(array.size for array in small.values())
+    columns = sparse_files.to_csr(small)
+    assert columns["a/kernel.columns"].dtype == np.uint16
+    assert columns["c/kernel.columns"].dtype == np.uint32
+    for row in rows[:-1]:
+        assert row.written > 0
+        assert row.read > 0
+        assert row.of_bound == row.bytes / sizes["bound"] > 1
+    assert json.loads(out.read_text())["rows"] == [row._asdict() for row in rows]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(table) == 2 + len(rows)
+
+
+def test_the_fuzzer_of_sparse_files(monkeypatch, tmp_path, capsys):
+    """Its command line, without the limit on memory, which would stay with the tests."""
+    limited = []
+    monkeypatch.setattr(sparse_file, "LARGEST_HEADER", 2**16)
+    monkeypatch.setattr(fuzz_sparse_file, "_limit_memory", lambda: limited.append(True))
+    out = tmp_path / "record.json"
+    assert fuzz_sparse_file.main(["--count", "40", "--seed", "5", "--out", str(out)]) == 0
+    assert limited == [True]
+    record = json.loads(out.read_text())
+    assert sum(record["refused"].values()) + sum(record["read"].values()) == record["count"] == 40
+    assert record["failures"] == []
+    assert 0 < record["peak"] < record["max_bytes"]
+    assert "40 files, 0 failures" in capsys.readouterr().out

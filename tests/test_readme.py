@@ -3,10 +3,14 @@
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_code(capsys):
+def test_code(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the code writes a file
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     for block in blocks:
@@ -14,6 +18,8 @@ def test_code(capsys):
     assert sum(bool(line.strip()) for line in blocks[0].splitlines()) <= 20
     assert names["accuracy"](names["sparse"]) >= 0.9
     assert names["history"][-1].sparsity > 0.9
+    for one, other in zip(*map(jax.tree.leaves, (names["restored"], names["sparse"])), strict=True):
+        np.testing.assert_array_equal(one, other)
     shown = re.findall(r"(\S+) +(\d+) of +(\d+) kept", capsys.readouterr().out)
     assert [int(size) for _, _, size in shown] == [64, 64 * 64, 10, 64 * 10]
     kernels = [int(kept) for path, kept, _ in shown if path.endswith("kernel")]
