@@ -122,26 +122,26 @@ class TransformerBase(nn.Module):
 
 
 def transformer() -> dict[str, Any]:
-    """Compacts a Transformer-base with 80 % of its weights and half of its inner units zero."""
+    """Compacts a Transformer-base: 80 % of its weights are zero, half of its inner units dead."""
     random = np.random.default_rng(0)
     model = TransformerBase()
     ids = jnp.ones((1, 16), jnp.int32)
     params = jax.tree.map(np.array, jax.jit(model.init)(jax.random.key(0), ids, ids))
     for leaf in jax.tree.leaves(params):
-        if leaf.ndim > 1:
+        if leaf.ndim == 1:
+            leaf[:] = random.standard_normal(leaf.shape)
+        else:
             leaf[random.random(leaf.shape, dtype=np.float32) < 0.8] = 0
     for name, layer in params["params"].items():
         if name.startswith("Layer_"):
-            layer["up"]["kernel"][:, 1024:] = 0
-            layer["up"]["bias"][1024:] = 0
+            layer["up"]["kernel"][:, 1024:] = 0  # constants, to be folded into the next bias
     began = time.perf_counter()
     small = sj.compact(model.apply, params, ids, ids)
     seconds = time.perf_counter() - began
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, small.params)]
-    gap = jnp.abs(
-        jax.jit(model.apply)(params, ids, ids) - jax.jit(small.fn)(small.params, ids, ids)
-    )
-    return {"parameters": sizes, "seconds": seconds, "largest_difference": float(gap.max())}
+    logits = jax.jit(model.apply)(params, ids, ids)
+    gap = jnp.abs(jax.jit(small.fn)(small.params, ids, ids) - logits).max() / jnp.abs(logits).max()
+    return {"parameters": sizes, "seconds": seconds, "relative_difference": float(gap)}
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     record = hardware()
     slug = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
     out = options.out or Path("results") / f"compaction-{slug}.json"
-    params = sj.load_sparse(options.network)
+    params = jax.device_put(sj.load_sparse(options.network)[0])
     inputs = params["params"]["Dense_0"]["kernel"].shape[0]
     side = int(inputs**0.5)
     rows = lenet(params, (side, side, 1), options.rounds)
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     print(
         f"\nA Transformer of {before / 1e6:.1f} million parameters was compacted to"
         f" {after / 1e6:.1f} million in {large['seconds']:.0f} s (limit of 60 s: {limit});"
-        f" largest difference of its logits: {large['largest_difference']:.1e}."
+        f" its logits differ by {large['relative_difference']:.0e} of the largest."
     )
     console.print(f"The record is in {out}.")
     return rows

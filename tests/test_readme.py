@@ -20,6 +20,14 @@ def test_code(capsys, tmp_path, monkeypatch):
     assert names["history"][-1].sparsity > 0.9
     for one, other in zip(*map(jax.tree.leaves, (names["restored"], names["sparse"])), strict=True):
         np.testing.assert_array_equal(one, other)
+    small, model, x = names["small"], names["model"], names["x"]
+    np.testing.assert_allclose(
+        names["fast"](small.params, x), model.apply(names["sparse"], x), rtol=0, atol=1e-4
+    )
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (small.params, names["sparse"])
+    ]
+    assert sizes[0] < sizes[1]
     shown = re.findall(r"(\S+) +(\d+) of +(\d+) kept", capsys.readouterr().out)
     assert [int(size) for _, _, size in shown] == [64, 64 * 64, 10, 64 * 10]
     kernels = [int(kept) for path, kept, _ in shown if path.endswith("kernel")]
