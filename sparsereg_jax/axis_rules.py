@@ -113,7 +113,7 @@ LOOKUPS = frozenset({"gather", "dynamic_slice"})
 CARRIERS = REDUCTIONS | WINDOWS | LOOKUPS | frozenset(_ALONG) | {"transpose", "squeeze", "rev"}
 
 
-class Stop(NamedTuple):
+class Frozen(NamedTuple):
     """A primitive that keeps axes whole, because it looks at single indices or is not known."""
 
     primitive: str
@@ -183,7 +183,7 @@ class Relations:
             tuple(self.dimensions.new(size) for size in getattr(aval, "shape", ()))
             for aval in program.avals
         ]
-        self.stops: list[Stop] = []
+        self.stops: list[Frozen] = []
         self.kept: list[tuple[Axis, np.ndarray]] = []  # indices that must stay
         sliced: dict[tuple[int, int], np.ndarray] = {}  # (slot, axis) -> indices in some slice
         self._sliced = sliced
@@ -232,7 +232,7 @@ class Relations:
             if pin:
                 self.dimensions.pin(axis)
             if axis:
-                self.stops.append(Stop(step.name, step.where, axis))
+                self.stops.append(Frozen(step.name, step.where, axis))
 
     def _step(self, step: Step) -> None:
         name, params, unify, axes = step.name, step.params, self.dimensions.unify, self.axes

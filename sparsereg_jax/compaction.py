@@ -115,8 +115,8 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
 
     Raises:
         TypeError: ``fn`` cannot be traced, or a leaf of ``params`` or ``inputs`` is no array.
-        ValueError: later, in the smaller function: parameters of another structure or shape, or
-            inputs with another size along an axis that may not vary.
+        ValueError: an input's shape is symbolic. And later, in the smaller function: parameters of
+            another structure or shape, or inputs of another size along an axis that may not vary.
 
     Numerics: sums of the same terms, without the zeros, in another order; so equal to float
     tolerance. All intermediate values must be finite: 0 times infinity is taken for 0.
@@ -149,8 +149,10 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
         Array([[1.25],
                [7.75]], dtype=float32)
     """
+    _check_values(params)
     structs = _structs(params, "params")
     examples = _structs(inputs, "inputs")
+    _check_sizes(examples)
     program, _ = _traced(fn, structs, examples)
     entries = program.block.inputs
     count = len(jax.tree.leaves(structs))
@@ -257,6 +259,24 @@ def compaction_table(plan: CompactionPlan) -> str:
         axes = ", ".join(f"{path} axis {axis}" for path, axis in stop.axes)
         lines.append(f"kept whole by {stop.primitive} at {stop.where}: {axes}")
     return "\n".join(lines)
+
+
+def _check_values(params: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
+            raise TypeError(
+                f"params: the leaf {leaf_path(path)!r} has no values; compact looks for zeros. "
+                "Call it outside of jit, with the trained parameters."
+            )
+
+
+def _check_sizes(examples: Any) -> None:
+    for path, struct in jax.tree_util.tree_leaves_with_path({"inputs": examples}):
+        if not all(isinstance(size, int) for size in struct.shape):
+            raise ValueError(
+                f"inputs: {leaf_path(path)} has the symbolic shape {struct.shape}; give an example "
+                "with numbers. The function that is returned takes symbolic sizes."
+            )
 
 
 def _structs(tree: Any, name: str) -> Any:

@@ -2,8 +2,8 @@
 
     python -m tests.random_graphs --count 1000
 
-For each: the outputs in float32 and bfloat16, at the example's batch size and at another, the
-gradients of the kept entries that are not zero, and that compacting again finds nothing more.
+The outputs of each, in float32 or bfloat16; of some also those at another batch size, the gradients
+of the kept entries that are not zero, and that compacting again finds nothing more.
 """
 
 import argparse
@@ -245,28 +245,31 @@ def example(kind, rng, batch):
 
 
 def check(seed):
-    """Raises if the compacted network of this seed differs; returns entries before and after."""
+    """Raises if the compacted network of this seed differs; returns entries before and after.
+
+    Three kinds of network in turn, each in float32 and in bfloat16; a quarter of the float32 ones
+    is looked at more closely.
+    """
     kind = ("features", "image", "tokens")[seed % 3]
+    single = seed // 3 % 2 == 0
     rng = np.random.default_rng([seed, 2])
     x = example(kind, rng, 2)
     network = Network(seed, kind)
     params = network.init(x)
+    if not single:
+        params = {name: jnp.asarray(value, jnp.bfloat16) for name, value in params.items()}
+        x = x if kind == "tokens" else x.astype(jnp.bfloat16)
     small = sj.compact(network, params, x)
-    for batch in (2, 5):
-        y = example(kind, rng, batch)
-        close(seed, jax.jit(network)(params, y), jax.jit(small.fn)(small.params, y), 1e-4)
-
-    if not small.plan.folded:  # what acted through folded constants only is fixed from then on
-        compare_gradients(seed, network, params, small, x)
-
-    again = sj.compact(small.fn, small.params, x)
-    if any(leaf.shape != leaf.new_shape for leaf in (*again.plan.leaves, *again.plan.inputs)):
-        raise AssertionError(f"seed {seed}: compacting again removes more")
-
-    half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), (params, x))
-    half = (half[0], x if kind == "tokens" else half[1])
-    small16 = sj.compact(network, *half)
-    close(seed, jax.jit(network)(*half), jax.jit(small16.fn)(small16.params, half[1]), 0.1)
+    tolerance = 1e-4 if single else 0.1
+    close(seed, jax.jit(network)(params, x), jax.jit(small.fn)(small.params, x), tolerance)
+    if seed // 6 % 4 == 0 and single:
+        y = example(kind, rng, 5)
+        close(seed, jax.jit(network)(params, y), jax.jit(small.fn)(small.params, y), tolerance)
+        if not small.plan.folded:  # what acted through folded constants only is fixed from then on
+            compare_gradients(seed, network, params, small, x)
+        again = sj.compact(small.fn, small.params, x)
+        if any(leaf.shape != leaf.new_shape for leaf in (*again.plan.leaves, *again.plan.inputs)):
+            raise AssertionError(f"seed {seed}: compacting again removes more")
     sizes = [(np.prod(leaf.shape), np.prod(leaf.new_shape)) for leaf in small.plan.leaves]
     return np.sum(sizes, axis=0)
 
@@ -310,7 +313,7 @@ def main():
         sizes = check(seed)
         totals += sizes
         smaller += int(sizes[1] < sizes[0])
-        if seed % 50 == 49:
+        if seed % 100 == 99:
             jax.clear_caches()
     print(
         f"{options.count} random networks are the same functions after compaction; "
@@ -320,4 +323,5 @@ def main():
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
+    jax.config.update("jax_disable_most_optimizations", True)  # compiled for one call each
     main()
