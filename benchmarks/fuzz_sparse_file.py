@@ -2,7 +2,7 @@
 
     python -m benchmarks.fuzz_sparse_file --count 100000
 
-Six minutes on one shared core. Every file must be refused with SparseFileError or read; one whose
+Four minutes on one core. Every file must be refused with SparseFileError or read; one whose
 checksums were left alone must be refused or read as what was written. Anything else, a MemoryError
 under the limit on the process's memory included, is printed with the number that makes the file
 again, and the exit status is 1. The record goes to results/fuzz-sparse-file.json.

@@ -108,7 +108,7 @@ def encode(keep: Array) -> bytes:
     lengths = _code_lengths(np.bincount(buckets))
     codes = _canonical(lengths)
     planes = [
-        *_planes(codes[buckets], lengths[buckets].astype(np.int32)),
+        *_planes(codes.take(buckets), lengths.astype(np.int32).take(buckets)),
         *_planes(gaps + 4, buckets >> 2),
     ]
     table = bytes([lengths.size]) + lengths.tobytes()
@@ -205,8 +205,8 @@ def _planes(numbers: Array, lengths: Array) -> Iterator[Array]:
     """
     longest = int(lengths.max())
     for depth in range(longest):
-        longer = lengths > depth
-        numbers, lengths = numbers[longer], lengths[longer]
+        longer = np.flatnonzero(lengths > depth)
+        numbers, lengths = numbers.take(longer), lengths.take(longer)
         yield ((numbers >> (lengths - (depth + 1))) & 1).astype(np.uint8)
 
 
@@ -254,11 +254,11 @@ def _read_codes(bits: _Bits, count: int, lengths: Array) -> Array:
     for _, first, complete in _by_length(lengths):
         read = 2 * read + bits.take(open_.size)
         # Codes of this length are the smallest numbers; longer ones go on from the others.
-        done = read < first + complete.size
         if complete.size:
-            buckets[open_[done]] = complete[read[done] - first]
-            longer = ~done
-            open_, read = open_[longer], read[longer]
+            short = read < first + complete.size
+            done, longer = np.flatnonzero(short), np.flatnonzero(~short)  # masks are slower
+            buckets[open_.take(done)] = complete.take(read.take(done) - first)
+            open_, read = open_.take(longer), read.take(longer)
     return buckets
 
 

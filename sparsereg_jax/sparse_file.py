@@ -287,7 +287,7 @@ def _encode(flat: Array) -> tuple[Array, Array]:
     values, pattern = [flat[:0]], [b""]
     for span in gap_coding.spans(flat.size):
         keep = flat[span].view(f"u{flat.itemsize}") != 0
-        values.append(flat[span][keep])
+        values.append(flat[span].take(np.flatnonzero(keep)))  # faster than by a mask
         pattern.append(gap_coding.encode(keep))
     return np.concatenate(values), np.frombuffer(b"".join(pattern), np.uint8)
 

@@ -227,6 +227,7 @@ def test_sparse_files(tiny, monkeypatch, tmp_path, capsys):
     assert json.loads(out.read_text())["rows"] == [row._asdict() for row in rows]
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(table) == 2 + len(rows)
+    assert table[-1].startswith(f"| bound | {sizes['bound']:,.0f} (1.00) | - |")
 
 
 def test_the_fuzzer_of_sparse_files(monkeypatch, tmp_path, capsys):
