@@ -65,7 +65,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "checks": 650,
         "recovery": 40,
         "gamma": 1e-3,
-        "smoothing": 0.1,
+        "smoothing": 0.2,
         "tune_epochs": 20,
         "tune_strength": 5e-4,
     },
@@ -97,7 +97,7 @@ def run(
     began = time.perf_counter()
     model = LeNet300(splits.classes)
     params = model.init(jax.random.key(seed), jnp.asarray(splits.train.images[:1]))
-    images, batch, smoothing = len(splits.train.images), 100, settings["smoothing"]
+    images, batch = len(splits.train.images), 100
     epoch = images // batch
     evaluate = trainer.accuracy(model.apply, splits.validation)
     test = trainer.accuracy(model.apply, splits.test)
@@ -110,7 +110,9 @@ def run(
     dense = record.params
 
     tx = adam(method, 1e-3, sj.paper_strength(settings["gamma"], epoch))
-    train = trainer.trainer(model.apply, tx, splits.train, batch, settings["interval"], smoothing)
+    train = trainer.trainer(
+        model.apply, tx, splits.train, batch, settings["interval"], settings["smoothing"]
+    )
     pruning = sj.iterative_pruning(
         tx,
         train,
@@ -136,7 +138,7 @@ def run(
     steps = settings["tune_epochs"] * epoch
     cosine = optax.cosine_decay_schedule(1e-3, max(1, steps))
     tune_tx = adam(method, cosine, settings["tune_strength"])
-    tune = trainer.trainer(model.apply, tune_tx, splits.train, batch, epoch, smoothing)
+    tune = trainer.trainer(model.apply, tune_tx, splits.train, batch, epoch)
     tuned, metrics = sj.fine_tune(
         state.good, tune_tx, tune, evaluate, intervals=settings["tune_epochs"]
     )
