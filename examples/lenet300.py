@@ -61,7 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "dense_epochs": 20,
         "interval": 250,
         "fraction": 0.05,
-        "bound": 0.98,
+        "bound": 0.979,
         "checks": 650,
         "recovery": 40,
         "gamma": 1e-3,

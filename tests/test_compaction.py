@@ -222,12 +222,14 @@ class Mlp(nnx.Module):
 
 def nnx_mlp():
     graph, state = nnx.split(Mlp(8, 20, nnx.Rngs(0)))
-    kernel = np.array(state["first"]["kernel"][...])
-    kernel[:, 3:9] = 0
-    state["first"]["kernel"].set_value(jnp.asarray(kernel))
-    kernel = np.array(state["second"]["kernel"][...])
-    kernel[15:] = 0
-    state["second"]["kernel"].set_value(jnp.asarray(kernel))
+
+    def plant(path, leaf):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        if path.startswith("first/kernel"):
+            return leaf.at[:, 3:9].set(0)  # 6 of 20 units are constant,
+        return leaf.at[15:].set(0) if path.startswith("second/kernel") else leaf  # 5 not read
+
+    state = jax.tree_util.tree_map_with_path(plant, state)
     wanted = {"first/kernel": (8, 9), "first/bias": (9,), "second/kernel": (9, 4)}
     wanted |= {f"norm/{name}": (9,) for name in ("scale", "bias", "mean", "var")}
     wanted |= {"second/bias": (4,), "dropout/rngs/key": (), "dropout/rngs/count": ()}
