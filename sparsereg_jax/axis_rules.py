@@ -185,12 +185,16 @@ class Relations:
         ]
         self.stops: list[Frozen] = []
         self.kept: list[tuple[Axis, np.ndarray]] = []  # indices that must stay
+        self.gathered: dict[tuple[int, int], Axis] = {}  # (slot, axis) -> what is flattened into it
         sliced: dict[tuple[int, int], np.ndarray] = {}  # (slot, axis) -> indices in some slice
         self._sliced = sliced
         for slot in program.constants:
             self.dimensions.pin(self._flat(slot))
         self._block(program.block)
         self.dimensions.settle()
+        for (slot, d), parts in self.gathered.items():
+            if any(map(self.dimensions.is_pinned, self.dimensions.expand(self.axes[slot][d]))):
+                self.dimensions.pin(parts)
         for (slot, d), read in sliced.items():  # unread for want of a slice, not of weights
             self.kept.append((self.axes[slot][d], np.flatnonzero(~read)))
 
@@ -258,7 +262,7 @@ class Relations:
         elif name == "conv_general_dilated":
             self._convolution(step)
         elif name == "reshape":
-            unify(self._flat(step.inputs[0]), self._flat(step.outputs[0]))
+            self._reshape(step)
         elif name == "broadcast_in_dim":
             (out,) = step.outputs
             for d, to in enumerate(params["broadcast_dimensions"]):
@@ -300,6 +304,22 @@ class Relations:
             pin = not self.program.reached[step.outputs[0]] if step.outputs else False
             for slot in (*step.inputs, *step.outputs):
                 self._stop(step, *axes[slot], pin=pin)
+
+    def _reshape(self, step: Step) -> None:
+        (whole,), (out,) = step.inputs, step.outputs
+        if self.program.weighted[whole]:
+            return self.dimensions.unify(self._flat(whole), self._flat(out))
+        # Before the first weights an axis that others are flattened into (the pixels of an image)
+        # need not be cut as their product: single indices are taken from it.
+        for before, after in _blocks(self._shape(whole), self._shape(out)):
+            axes = tuple(dim for d in before for dim in self.axes[whole][d])
+            if len(axes) > 1 and sum(bool(self.axes[out][d]) for d in after) == 1:
+                (flat,) = (d for d in after if self.axes[out][d])
+                self.dimensions.freeze(axes)
+                self.gathered[out, flat] = axes
+            else:
+                self.dimensions.unify(axes, tuple(dim for d in after for dim in self.axes[out][d]))
+        return None
 
     def _carry(self, step: Step) -> None:
         taken: set[int] = set()
@@ -433,7 +453,16 @@ def run_cut(step: Step, operands: list[Any], cut: Cut) -> list[Any]:
     if name == "broadcast_in_dim":
         return bind(step, *operands, shape=cut.shape(step.outputs[0]))
     if name == "reshape":
-        return bind(step, *operands, new_sizes=cut.shape(step.outputs[0]))
+        (slot,) = step.outputs
+        flat = [d for d in range(len(cut.shape(slot))) if (slot, d) in cut.relations.gathered]
+        sizes = list(cut.shape(slot))
+        for d in flat:
+            sizes[d] = cut.relations.program.avals[slot].shape[d]
+        (value,) = bind(step, *operands, new_sizes=tuple(sizes))
+        for d in flat:
+            if (mask := cut.mask(slot, d)) is not None:
+                value = take(value, mask, d)
+        return [value]
     if name == "iota":
         return bind(step, *operands, shape=cut.shape(step.outputs[0]))
     if name == "split":
@@ -481,3 +510,27 @@ def run_cut(step: Step, operands: list[Any], cut: Cut) -> list[Any]:
 
 def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
+
+
+def _blocks(before: tuple[Any, ...], after: tuple[Any, ...]) -> list[tuple[list[int], list[int]]]:
+    """Pairs of runs of axes with the same product, as short as can be: what a reshape reshapes."""
+    blocks = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left: list[int] = []
+        right: list[int] = []
+        m: Any = 1
+        n: Any = 1
+        while i < len(before) or j < len(after):
+            if left and right and _same(m, n):
+                break
+            compared = isinstance(m, int) and isinstance(n, int)  # symbolic sizes are not
+            from_left = not left or (bool(right) and (m < n if compared else True))
+            if (from_left and i < len(before)) or j == len(after):
+                left.append(i)
+                m, i = m * before[i], i + 1
+            else:
+                right.append(j)
+                n, j = n * after[j], j + 1
+        blocks.append((left, right))
+    return blocks

@@ -66,6 +66,7 @@ class Program(NamedTuple):
     avals: list[Any]  # per slot: shape and dtype
     constants: dict[int, Any]  # slots of literals and closed-over arrays -> values
     reached: list[bool]  # per slot: does it depend on a varying input?
+    weighted: list[bool]  # per slot: does it depend on a fixed one, a parameter?
 
 
 def bind(step: Step, *operands: Any, **changed: Any) -> list[Any]:
@@ -106,10 +107,11 @@ def trace(
     ]
     table = _Table()
     inputs = tuple(
-        table.new(var.aval, flag) for var, flag in zip(closed.jaxpr.invars, flags, strict=True)
+        table.new(var.aval, flag, not flag)
+        for var, flag in zip(closed.jaxpr.invars, flags, strict=True)
     )
     block = table.inline(closed.jaxpr, closed.consts, inputs)
-    program = Program(block, table.avals, table.constants, table.reached)
+    program = Program(block, table.avals, table.constants, table.reached, table.weighted)
     return program, jax.tree.structure(shape)
 
 
@@ -120,11 +122,13 @@ class _Table:
         self.avals: list[Any] = []
         self.constants: dict[int, Any] = {}
         self.reached: list[bool] = []
+        self.weighted: list[bool] = []
         self.in_rule = False
 
-    def new(self, aval: Any, reached: bool = False) -> int:
+    def new(self, aval: Any, reached: bool = False, weighted: bool = False) -> int:
         self.avals.append(aval)
         self.reached.append(reached)
+        self.weighted.append(weighted)
         return len(self.avals) - 1
 
     def constant(self, aval: Any, value: Any) -> int:
@@ -155,7 +159,8 @@ class _Table:
                 slots.update(zip(eqn.outvars, block.outputs, strict=True))
                 continue
             reached = any(self.reached[slot] for slot in operands)
-            results = tuple(self.new(var.aval, reached) for var in eqn.outvars)
+            weighted = any(self.weighted[slot] for slot in operands)
+            results = tuple(self.new(var.aval, reached, weighted) for var in eqn.outvars)
             slots.update(zip(eqn.outvars, results, strict=True))
             step = Step(eqn.primitive, eqn.params, operands, results, _where(eqn, outer))
             if name in _CHECKPOINTS:
@@ -184,7 +189,7 @@ class _Table:
             return jax.jvp(functools.partial(call, primals), (chosen,), (tangents,))
 
         closed = jax.make_jaxpr(rule)(primals, [primals[i] for i in which])
-        tangents = [self.new(self.avals[step.inputs[i]], True) for i in which]
+        tangents = [self.new(self.avals[step.inputs[i]], True, True) for i in which]
         block = self.rule(closed, (*step.inputs, *tangents))
         return Call("custom_jvp", body, (block,), which)
 
@@ -206,7 +211,7 @@ class _Table:
         there, (out, residuals) = jax.make_jaxpr(forward, return_shape=True)(primals)
         back = jax.make_jaxpr(backward)(residuals, out)
         forwards = self.rule(there, step.inputs)
-        cotangents = [self.new(self.avals[slot], True) for slot in step.outputs]
+        cotangents = [self.new(self.avals[slot], True, True) for slot in step.outputs]
         entries = (*forwards.outputs[len(step.outputs) :], *cotangents)
         backwards = self.rule(back, entries)
         return Call("custom_vjp", body, (forwards, backwards), which)

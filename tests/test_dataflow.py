@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from sparsereg_jax import axes, dataflow, program
+from sparsereg_jax import axes, axis_rules, dataflow, program
 
 
 def convolutional(params, x):
@@ -115,3 +115,17 @@ def test_links_of_an_axis_that_is_split_later_freeze_it():
     dimensions.settle()
     assert not dimensions.links
     assert all(dimensions.is_frozen(d) for d in dimensions.expand(whole + part))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "blocks"),
+    [
+        ((2, 28, 28, 1), (2, 784), [([0], [0]), ([1, 2], [1]), ([3], [])]),
+        ((6, 8), (6, 2, 4), [([0], [0]), ([1], [1, 2])]),
+        ((4, 6), (8, 3), [([0, 1], [0, 1])]),
+        ((5,), (1, 5), [([0], [0, 1])]),
+        ((), (1, 1), [([], [0, 1])]),
+    ],
+)
+def test_blocks_of_a_reshape(before, after, blocks):
+    assert axis_rules._blocks(before, after) == blocks
