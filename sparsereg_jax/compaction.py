@@ -371,7 +371,7 @@ def _smaller(fn: Callable[..., Any], structs: Any, plan: CompactionPlan) -> Call
         owned = _planned(relations, entries, (*plan.leaves, *plan.inputs))
         cut = Cut(relations, complete(relations, owned))
         cut_inputs = [
-            cut.take(slot, value)
+            cut.take(slot, value, apart=True)
             for slot, value in zip(entries[count:], jax.tree.leaves(inputs), strict=True)
         ]
         results = run_block(program.block, [*leaves, *cut_inputs], cut)
