@@ -146,8 +146,7 @@ def run(
     mask = sj.held_mask(tuned.params, tuned.opt_state)
     layers = sj.summary(tuned.params, mask)
     size, kept = sum(layer.size for layer in layers), sum(layer.kept for layer in layers)
-    small = sj.compact(model.apply, tuned.params, splits.test.images[:1])
-    compacted_size = sum(leaf.size for leaf in jax.tree.leaves(small.params))
+    sj.save_sparse(out / f"{stem}.safetensors", tuned.params)
     result = {
         "experiment": f"lenet300-{name}",
         "method": method,
@@ -161,13 +160,8 @@ def run(
         "validation_accuracy": metrics[-1],
         "dense_test_error": 100 * (1 - float(test(dense))),
         "test_error": 100 * (1 - float(test(tuned.params))),
-        "compacted": {
-            "parameters": compacted_size,
-            "widths": sj.new_widths(small.plan),
-            "input": small.plan.inputs[0].new_shape[1:],
-            "speedup": speedup(model.apply, tuned.params, small, splits.test.images[:512]),
-            "test_error": 100 * (1 - float(trainer.accuracy(small.fn, splits.test)(small.params))),
-        },
+        "compacted": compacted(model.apply, tuned.params, splits.test),
+        "file_bytes": (out / f"{stem}.safetensors").stat().st_size,
         "layers": [layer._asdict() for layer in layers],
         "checks": len(history),
         "seconds": time.perf_counter() - began,
@@ -179,7 +173,6 @@ def run(
             for package in ("jax", "optax", "flax", "numpy")
         },
     }
-    sj.save_sparse(out / f"{stem}.safetensors", tuned.params)
     (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
     title = (
         f"LeNet-300-100, {name}, {method}, seed {seed}: {result['sparsity']:.2%} sparse,"
@@ -192,15 +185,22 @@ def run(
     return result
 
 
-def speedup(
-    fn: Callable[..., Any], params: Any, small: sj.Compacted, images: np.ndarray, rounds: int = 15
-) -> float:
-    """How many times faster the compacted network is than the dense one, in turns, at a batch."""
+def compacted(fn: Callable[..., Any], params: Any, test: data.Images) -> dict[str, Any]:
+    """The network without its dead units: its size, its speed against the dense one, its error."""
+    small = sj.compact(fn, params, test.images[:1])
+    shapes = {leaf.path: leaf.new_shape for leaf in small.plan.leaves}
+    x = jnp.asarray(test.images[:512])
     dense = jax.tree.map(jnp.ones_like, params)
-    x = jnp.asarray(images)
-    candidates = {"dense": repeated(fn, dense, x), "small": repeated(small.fn, small.params, x)}
-    seconds, _ = interleave(candidates, rounds)
-    return float(np.median(seconds["dense"] / seconds["small"]))
+    seconds, _ = interleave(
+        {"dense": repeated(fn, dense, x), "small": repeated(small.fn, small.params, x)}, rounds=15
+    )
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(small.params)),
+        "pixels": shapes["params/Dense_0/kernel"][0],
+        "widths": list(sj.new_widths(small.plan).values()),
+        "speedup": float(np.median(seconds["dense"] / seconds["small"])),
+        "test_error": 100 * (1 - float(trainer.accuracy(small.fn, test)(small.params))),
+    }
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
@@ -226,12 +226,13 @@ def show(console: Console, result: dict[str, Any]) -> None:
         f"test error: dense {result['dense_test_error']:.2f} %, sparse {result['test_error']:.2f} %"
         f"   compression: {result['compression']:.0f}x   time: {result['seconds']:.0f} s"
     )
-    small, widths = result["compacted"], list(result["compacted"]["widths"].values())
+    small, size = result["compacted"], 4 * result["parameters"]
     console.print(
-        f"compacted: {result['parameters']:,} parameters become {small['parameters']:,}"
-        f" (input {' x '.join(map(str, small['input']))}, then {' - '.join(map(str, widths))}),"
+        f"compacted: {small['parameters']:,} of {result['parameters']:,} parameters"
+        f" ({small['pixels']} pixels, then {' - '.join(map(str, small['widths']))}),"
         f" {small['speedup']:.1f} times the dense network's throughput at a batch of 512,"
         f" test error {small['test_error']:.2f} %\n"
+        f"file: {result['file_bytes'] / 1e3:.1f} kB, dense {size / 1e3:.0f} kB\n"
     )
 
 

@@ -32,7 +32,15 @@ def test_lenet_on_digits(tmp_path, capsys):
     assert result["sparsity"] == 1 - left / result["parameters"]
     assert result["settings"]["bound"] == 0.02
 
+    small = result["compacted"]
+    assert small["test_error"] == pytest.approx(result["test_error"], abs=0.7)  # 2 of 299 images
+    pixels, first, second = small["pixels"], *small["widths"][:2]
+    assert small["parameters"] == (pixels + 1) * first + (first + 1) * second + (second + 1) * 10
+
     stem = tmp_path / "lenet300-digits-selective-seed0"
+    sparse, _ = sj.load_sparse(stem.with_suffix(".safetensors"))
+    assert sum(np.count_nonzero(leaf) for leaf in jax.tree.leaves(sparse)) == left
+    assert result["file_bytes"] == stem.with_suffix(".safetensors").stat().st_size
     assert json.loads(stem.with_suffix(".json").read_text()) == json.loads(json.dumps(result))
     lines = stem.with_suffix(".jsonl").read_text().splitlines()
     assert [sj.check_from_json(line).check for line in lines] == [1, 2, 3]
