@@ -92,6 +92,7 @@ def run(
     out: Path,
     name: str,
     progress_bar: bool = True,
+    report: bool = False,
 ) -> dict[str, Any]:
     """Trains, prunes and tunes one network; writes its record and its picture."""
     began = time.perf_counter()
@@ -187,6 +188,19 @@ def run(
         title, history, settings["bound"], dense, tuned.params, mask, splits.train.images.shape[1:]
     )
     picture.savefig(out / f"{stem}.png")
+    if report:
+        sj.write_report(
+            out / f"report-{stem}",
+            tuned.params,
+            mask,
+            title=title,
+            dense=dense,
+            fn=model.apply,
+            inputs=(splits.test.images[:1],),
+            history=history,
+            bound=settings["bound"],
+            compacted=small,
+        )
     return result
 
 
@@ -270,6 +284,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--method", nargs="+", default=["selective"], choices=METHODS)
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument(
+        "--report", action="store_true", help="write a page on each network into OUT/report-*"
+    )
     for name, value in SETTINGS["default"].items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
@@ -285,7 +302,17 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     results = []
     for method in options.method:
         for seed in options.seed:
-            results.append(run(splits, method, seed, settings, options.out, options.dataset))
+            results.append(
+                run(
+                    splits,
+                    method,
+                    seed,
+                    settings,
+                    options.out,
+                    options.dataset,
+                    report=options.report,
+                )
+            )
             show(console, results[-1])
     if len(results) > 1:
         summarize(console, results)
