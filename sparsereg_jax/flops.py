@@ -52,7 +52,8 @@ def count_flops_by_leaf(fn: Callable[..., Any], params: Any, *inputs: Any) -> li
     Example:
       >>> import jax.numpy as jnp
       >>> params = {"bias": jnp.ones(6), "kernel": jnp.ones((5, 6))}
-      >>> fn = lambda params, x: jax.nn.relu(x @ params["kernel"] + params["bias"])
+      >>> def fn(params, x):
+      ...     return jax.nn.relu(x @ params["kernel"] + params["bias"][None])
       >>> count_flops_by_leaf(fn, params, jnp.ones((4, 5)))
       [24.0, 240.0]
     """

@@ -356,12 +356,12 @@ def _warnings(facts: _Facts) -> list[str]:
         stray = np.count_nonzero(layer.values[~layer.keep])
         if stray:
             found.append(
-                f"Not pruned yet: {layer.path}, {stray:,} weights outside the mask differ from"
-                " zero. This report counts them as pruned."
+                f"Not pruned yet: {layer.path}, {stray:,} of the weights outside the mask differ"
+                " from zero; here they count as pruned."
             )
         bad = np.count_nonzero(~np.isfinite(layer.values))
         if bad:
-            found.append(f"Not finite: {layer.path}, {bad:,} weights are NaN or infinite.")
+            found.append(f"Not finite: {layer.path}, NaN or infinite in {bad:,} places.")
     return found
 
 

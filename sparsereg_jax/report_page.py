@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from markdown_it import MarkdownIt
 
 # A light page whatever the device prefers, since the pictures are light. Wide tables scroll in
-# their own frame, so that the page itself never does.
+# their own frame, so that the page itself never does; a shadow says that there is more.
 STYLE = """
 :root { color-scheme: light; }
 body {
@@ -20,13 +20,17 @@ h1 { font-size: 1.7rem; line-height: 1.25; }
 h2 {
   font-size: 1.25rem; margin-top: 2.2rem; border-bottom: 1px solid #d5dae0; padding-bottom: .2rem;
 }
-.table { overflow-x: auto; margin: 1rem 0; }
+.table {
+  overflow-x: auto; margin: 1rem 0;
+  background: linear-gradient(to left, #fff 1.5rem, #fff0) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, #0003, #0000) right / .8rem 100% no-repeat scroll;
+}
 .table:focus-visible { outline: 2px solid #0b5cad; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .6rem; border-bottom: 1px solid #e1e5ea; text-align: left; }
-th { background: #f3f5f8; vertical-align: bottom; overflow-wrap: normal; }
+th { border-bottom: 2px solid #8c959f; vertical-align: bottom; overflow-wrap: normal; }
 td { white-space: nowrap; }
-td:first-child { white-space: normal; min-width: 9rem; }
+td:first-child { white-space: normal; min-width: 10.5rem; }
 img { max-width: 100%; height: auto; vertical-align: top; }
 p:has(> img + img) {
   display: grid; gap: 1rem;

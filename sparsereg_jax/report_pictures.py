@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .iterative import Check
 
@@ -24,7 +24,7 @@ def curve(history: Sequence[Check], bound: float | None) -> Figure:
     compression = np.array([1 / (1 - check.sparsity) for check in checks])
     metric = np.array([check.metric for check in checks])
     met = np.array([check.met_bound for check in checks], bool)
-    figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=110)
+    figure = Figure(figsize=(5.6, 3.9), layout="constrained", dpi=130)
     axes = figure.subplots()
     if bound is not None:
         axes.axhline(bound, color="0.55", linewidth=1.2, label=f"bound {bound:g}")
@@ -34,11 +34,9 @@ def curve(history: Sequence[Check], bound: float | None) -> Figure:
         compression[~met], metric[~met], marker="x", color="C3", label="missed the bound", **style
     )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-    if not len(compression) or compression.max() < 10:  # no decade to label otherwise
-        axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-    else:
-        axes.xaxis.set_minor_formatter("")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("compression: all parameters / kept parameters")
     axes.set_ylabel("metric at each check")
     axes.grid(color="0.92")
@@ -48,7 +46,7 @@ def curve(history: Sequence[Check], bound: float | None) -> Figure:
 
 def magnitudes(dense: Sequence[np.ndarray] | None, kept: Sequence[np.ndarray]) -> Figure:
     """|w| of all layers together, before and after; zeros have no place on the axis."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=110)
+    figure = Figure(figsize=(5.6, 3.9), layout="constrained", dpi=130)
     _histogram(figure.subplots(), dense, kept)
     return figure
 
@@ -60,7 +58,7 @@ def layer(
     kept: np.ndarray,
 ) -> Figure:
     """One layer: which of its weights are kept, and |w| before and after."""
-    figure = Figure(figsize=(4.4, 5.6), layout="constrained", dpi=110)
+    figure = Figure(figsize=(4.4, 5.6), layout="constrained", dpi=130)
     figure.suptitle(_ascii(name), fontsize=10, parse_math=False)
     upper, lower = figure.subplots(2, 1, height_ratios=(1.2, 1))
     _map(upper, keep)
@@ -82,13 +80,15 @@ def _histogram(axes: Axes, dense: Sequence[np.ndarray] | None, kept: Sequence[np
     lowest = max(smallest, 1e-6 * largest)  # what is smaller falls in the first bin
     # A power of two more at each end, so that a single magnitude has a bin around it.
     bins = np.geomspace(lowest / 2, largest * 2, BINS + 1)
+    highest = 10
     for label, color, some in groups:
-        counts = sum(np.histogram(np.maximum(m, lowest), bins)[0] for m in some)
+        counts = np.sum([np.histogram(np.maximum(m, lowest), bins)[0] for m in some], axis=0)
+        highest = max(highest, counts.max())
         number = sum(m.size for m in some)
         axes.stairs(counts, bins, fill=True, color=color, label=f"{label}: {number:,} not zero")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(bottom=0.5)
+    axes.set_ylim(0.5, 2 * highest)
     axes.set_xlabel("|w|")
     axes.set_ylabel("weights")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
