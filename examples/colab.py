@@ -139,19 +139,18 @@ print(f"test accuracy: dense {test_accuracy(dense):.2%}, sparse {test_accuracy(s
 # The accuracy on the validation images at each check, over how many times fewer weights there are.
 
 # %%
+import sys
+
 from sparsereg_jax import report_pictures
 
 
 def show(picture):
     """Shows a picture in a notebook; a plain script says where it is."""
-    try:
-        get_ipython()
-    except NameError:
+    ipython = sys.modules.get("IPython")
+    if ipython is None or ipython.get_ipython() is None:
         print(picture)
     else:
-        from IPython.display import Image, display
-
-        display(Image(filename=str(picture)))
+        ipython.display.display(ipython.display.Image(filename=str(picture)))
 
 
 out = Path(OUT)
@@ -184,7 +183,7 @@ exported = export.export(jax.jit(small.fn), platforms=("cpu", "cuda", "tpu"))(
 )
 (out / "lenet.jax").write_bytes(exported.serialize())
 
-loaded = export.deserialize((out / "lenet.jax").read_bytes())
+loaded = export.deserialize(bytearray((out / "lenet.jax").read_bytes()))
 weights = jax.device_get(small.params)
 guessed = loaded.call(weights, splits.test.images).argmax(-1)
 print(f"test accuracy of the exported network: {np.mean(guessed == splits.test.labels):.2%}")
@@ -199,8 +198,18 @@ sj.save_sparse(out / "lenet.safetensors", sparse, metadata={"data": DATASET, "bo
 main(["inspect", str(out / "lenet.safetensors")])
 
 # %%
-known = dict(fn=model.apply, inputs=[first], history=history, compacted=small)
 title = f"LeNet-300-100 on {DATASET}"
-page = sj.write_report(out, sparse, mask, title=title, dense=dense, bound=BOUND, **known)
-print(sj.report_text(sparse, mask, title=title, **known))
+page = sj.write_report(
+    out,
+    sparse,
+    mask,
+    title=title,
+    dense=dense,
+    fn=model.apply,
+    inputs=[first],
+    history=history,
+    bound=BOUND,
+    compacted=small,
+)
+print(sj.report_text(sparse, mask, title=title, history=history))
 print(f"\nThe page is {page}; open it in a browser.")
