@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -16,6 +17,8 @@ from .iterative import Check
 
 CELLS = 160  # of a map, along each axis at most
 BINS = 50
+# A cell with one kept weight of many is to be seen beside an empty one.
+SHADES = LinearSegmentedColormap.from_list("shades", ["#6baed6", "#08306b"])
 
 
 def curve(history: Sequence[Check], bound: float | None) -> Figure:
@@ -107,8 +110,8 @@ def _map(axes: Axes, keep: np.ndarray) -> None:
     share = _share(_share(matrix.astype(np.float32), 0), 1)
     highest = share.max(initial=0.0)
     axes.imshow(
-        share,
-        cmap="Blues",
+        np.ma.masked_equal(share, 0),  # white
+        cmap=SHADES,
         vmin=0,
         vmax=highest or 1,
         aspect="auto",
