@@ -259,6 +259,7 @@ def test_warnings():
         "e": kernel(4, (400,)),
         "f": kernel(0, (10,)),
         "g": kernel(20, (1, 3000)),
+        "h": kernel(30, (200, 30)),  # 0.5 %, but one a unit
         "empty": kernel(0, (0, 3)),
     }
     params = jax.tree.map(lambda keep: keep.astype(np.float32), params)
