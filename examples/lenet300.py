@@ -92,6 +92,7 @@ def run(
     out: Path,
     name: str,
     progress_bar: bool = True,
+    report: bool = False,
 ) -> dict[str, Any]:
     """Trains, prunes and tunes one network; writes its record and its picture."""
     began = time.perf_counter()
@@ -146,6 +147,7 @@ def run(
     mask = sj.held_mask(tuned.params, tuned.opt_state)
     layers = sj.summary(tuned.params, mask)
     size, kept = sum(layer.size for layer in layers), sum(layer.kept for layer in layers)
+    small = sj.compact(model.apply, tuned.params, splits.test.images[:1])
     sj.save_sparse(out / f"{stem}.safetensors", tuned.params)
     result = {
         "experiment": f"lenet300-{name}",
@@ -160,7 +162,7 @@ def run(
         "validation_accuracy": metrics[-1],
         "dense_test_error": 100 * (1 - float(test(dense))),
         "test_error": 100 * (1 - float(test(tuned.params))),
-        "compacted": compacted(model.apply, tuned.params, splits.test),
+        "compacted": measured(model.apply, tuned.params, small, splits.test),
         "file_bytes": (out / f"{stem}.safetensors").stat().st_size,
         "layers": [layer._asdict() for layer in layers],
         "checks": len(history),
@@ -182,12 +184,26 @@ def run(
         title, history, settings["bound"], dense, tuned.params, mask, splits.train.images.shape[1:]
     )
     picture.savefig(out / f"{stem}.png")
+    if report:
+        sj.write_report(
+            out / f"report-{stem}",
+            tuned.params,
+            mask,
+            title=title,
+            dense=dense,
+            fn=model.apply,
+            inputs=(splits.test.images[:1],),
+            history=history,
+            bound=settings["bound"],
+            compacted=small,
+        )
     return result
 
 
-def compacted(fn: Callable[..., Any], params: Any, test: data.Images) -> dict[str, Any]:
-    """The network without its dead units: its size, its speed against the dense one, its error."""
-    small = sj.compact(fn, params, test.images[:1])
+def measured(
+    fn: Callable[..., Any], params: Any, small: sj.Compacted, test: data.Images
+) -> dict[str, Any]:
+    """Of the network without its dead units: size, speed against the dense one, test error."""
     shapes = {leaf.path: leaf.new_shape for leaf in small.plan.leaves}
     x = jnp.asarray(test.images[:512])
     dense = jax.tree.map(jnp.ones_like, params)
@@ -273,6 +289,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--method", nargs="+", default=["selective"], choices=METHODS)
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument(
+        "--report", action="store_true", help="write a page on each network into OUT/report-*"
+    )
     for name, value in SETTINGS["default"].items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
@@ -288,7 +307,17 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     results = []
     for method in options.method:
         for seed in options.seed:
-            results.append(run(splits, method, seed, settings, options.out, options.dataset))
+            results.append(
+                run(
+                    splits,
+                    method,
+                    seed,
+                    settings,
+                    options.out,
+                    options.dataset,
+                    report=options.report,
+                )
+            )
             show(console, results[-1])
     if len(results) > 1:
         summarize(console, results)

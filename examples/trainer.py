@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .data import Images
 
@@ -39,15 +40,21 @@ def trainer(
     batch: int,
     steps: int,
     smoothing: float = 0.0,
+    sharding: NamedSharding | None = None,
 ) -> Callable[[Record], Record]:
     """Makes ``train``: a function from a record to the record ``steps`` steps later.
 
     The loss is the cross-entropy with the labels smoothed: 1 - ``smoothing`` for the right class,
-    the rest shared by all.
+    the rest shared by all. With ``sharding`` each batch is divided over the devices of its mesh,
+    on all of which the record is to be whole.
     """
     images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
+    if sharding is not None:
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        images, labels = jax.device_put((images, labels), everywhere)
     interval = jax.jit(
-        functools.partial(_interval, apply, tx, batch, steps, smoothing), donate_argnums=0
+        functools.partial(_interval, apply, tx, batch, steps, smoothing, sharding),
+        donate_argnums=0,
     )
     # The data are arguments: as constants of the program they would be compiled into it.
     return lambda record: interval(record, images, labels)
@@ -64,7 +71,7 @@ def accuracy(apply: Callable[..., Any], data: Images) -> Callable[[Any], jax.Arr
     return lambda params: share(params, images, labels)
 
 
-def _interval(apply, tx, batch, steps, smoothing, record, images, labels):
+def _interval(apply, tx, batch, steps, smoothing, sharding, record, images, labels):
     steps_per_epoch = images.shape[0] // batch
 
     def loss(params, images, labels):
@@ -82,7 +89,10 @@ def _interval(apply, tx, batch, steps, smoothing, record, images, labels):
             position == 0, shuffle, lambda key, order: (key, order), record.key, record.order
         )
         rows = jax.lax.dynamic_slice(order, (position * batch,), (batch,))
-        gradients = jax.grad(loss)(record.params, images[rows], labels[rows])
+        some = images[rows], labels[rows]
+        if sharding is not None:
+            some = jax.lax.with_sharding_constraint(some, sharding)
+        gradients = jax.grad(loss)(record.params, *some)
         updates, opt_state = tx.update(gradients, record.opt_state, record.params)
         params = optax.apply_updates(record.params, updates)
         return Record(params, opt_state, key, order, record.step + 1), None

@@ -47,6 +47,8 @@ from .pruning import sparsity as sparsity
 from .pruning import summary as summary
 from .pruning import union as union
 from .pruning import unpack_mask as unpack_mask
+from .report import report_text as report_text
+from .report import write_report as write_report
 from .selection import by_path as by_path
 from .selection import by_predicate as by_predicate
 from .selection import every_parameter as every_parameter

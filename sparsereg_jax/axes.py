@@ -22,10 +22,11 @@ class Link(NamedTuple):
     first_indices: np.ndarray
     second: int
     second_indices: np.ndarray
+    maker: Any = None  # whoever made the link, to be told if it cannot hold
 
     def reversed(self) -> "Link":
         """The same link, seen from the other side."""
-        return Link(self.second, self.second_indices, self.first, self.first_indices)
+        return Link(self.second, self.second_indices, self.first, self.first_indices, self.maker)
 
 
 class Dimensions:
@@ -42,6 +43,7 @@ class Dimensions:
         self._frozen: list[bool] = []
         self._pinned: list[bool] = []
         self.links: list[Link] = []
+        self._asked: list[tuple[Axis, np.ndarray, Axis, np.ndarray, Any]] = []
 
     def new(self, size: Any) -> Axis:
         """A new axis of this size."""
@@ -83,8 +85,12 @@ class Dimensions:
         for dimension in self.expand(axis):
             self._pinned[dimension] = True
 
-    def unify(self, first: Iterable[int], second: Iterable[int]) -> None:
-        """Makes two axes of the same size the same product; freezes what does not factor."""
+    def unify(self, first: Iterable[int], second: Iterable[int]) -> bool:
+        """Makes two axes of the same size the same product.
+
+        Returns:
+            Whether they factor alike; what does not is frozen.
+        """
         left, right = list(self.expand(first))[::-1], list(self.expand(second))[::-1]
         while left and right:
             a, b = self._root(left.pop()), self._root(right.pop())
@@ -103,31 +109,60 @@ class Dimensions:
             elif (rest := _quotient(self._size[b], self._size[a])) is not None:
                 right.append(self._split(b, a, rest))
             else:
-                self.freeze((a, b))
-                break
+                self.freeze((a, b, *left, *right))
+                return False
         self.freeze((*left, *right))
+        return not left and not right
 
     def link(
-        self, first: Axis, first_indices: np.ndarray, second: Axis, second_indices: np.ndarray
+        self,
+        first: Axis,
+        first_indices: np.ndarray,
+        second: Axis,
+        second_indices: np.ndarray,
+        maker: Any = None,
     ) -> None:
         """Says that some indices of one axis are indices of another; both are pinned."""
         self.pin((*first, *second))
-        a, b = self.expand(first), self.expand(second)
-        if len(a) == len(b) == 1:
-            self.links.append(Link(a[0], first_indices, b[0], second_indices))
-        else:
-            self.freeze((*a, *b))
+        self._asked.append((first, first_indices, second, second_indices, maker))
 
-    def settle(self) -> None:
-        """Freezes links whose dimensions were split after they were linked; call it at the end."""
-        settled = []
-        for link in self.links:
-            a, b = self.expand((link.first,)), self.expand((link.second,))
+    def settle(self) -> list[tuple[Axis, Any]]:
+        """Makes the links, when all axes are known.
+
+        An axis that is a product by now can be linked if it is one of the equal parts that the
+        other is cut into: that is then a product as well, of the parts' number and the part
+        (queries, keys and values in one matrix, each cut into heads).
+
+        Returns:
+            The axes that had to be frozen, as they are products of another kind, and their makers.
+        """
+        failed: list[tuple[Axis, Any]] = []
+        changed = True
+        while changed:
+            changed = False
+            for whole, indices, part, others, _ in self._asked:
+                a, b = self.expand(whole), self.expand(part)
+                count = self._parts_of(a, b, indices, others)
+                if count and (len(a) > 1 or len(b) > 1):
+                    (number,) = self.new(count)
+                    self.freeze((number,))
+                    before = (a, b)
+                    self.unify(a, (number, *b))
+                    changed |= before != (self.expand(whole), self.expand(part))
+        for whole, indices, part, others, maker in self._asked:
+            a, b = self.expand(whole), self.expand(part)
             if len(a) == len(b) == 1:
-                settled.append(link._replace(first=a[0], second=b[0]))
-            else:
+                self.links.append(Link(a[0], indices, b[0], others, maker))
+            elif not self._parts_of(a, b, indices, others) or a[-len(b) :] != b:
                 self.freeze((*a, *b))
-        self.links = settled
+                failed.append(((*a, *b), maker))
+        return failed
+
+    def _parts_of(self, a: Axis, b: Axis, indices: np.ndarray, others: np.ndarray) -> int:
+        """How many parts like b a is cut into, if these indices are one of them; else 0."""
+        whole, part = (int(np.prod([self.size(d) for d in axis])) for axis in (a, b))
+        aligned = len(others) == part and others[0] == 0 and indices[0] % part == 0
+        return whole // part if aligned and whole % part == 0 else 0
 
     def _root(self, dimension: int) -> int:
         while self._parent[dimension] != dimension:

@@ -24,6 +24,8 @@ ELEMENTWISE = frozenset(
         "cbrt",
         "ceil",
         "clamp",
+        "clz",
+        "complex",
         "conj",
         "convert_element_type",
         "copy",
@@ -52,12 +54,14 @@ ELEMENTWISE = frozenset(
         "lgamma",
         "log",
         "log1p",
+        "log2",
         "logistic",
         "lt",
         "lt_to",
         "max",
         "min",
         "mul",
+        "name",
         "ne",
         "neg",
         "nextafter",
@@ -191,7 +195,8 @@ class Relations:
         for slot in program.constants:
             self.dimensions.pin(self._flat(slot))
         self._block(program.block)
-        self.dimensions.settle()
+        for axis, step in self.dimensions.settle():
+            self.stops.append(Frozen(step.name, step.where, axis))
         for (slot, d), parts in self.gathered.items():
             if any(map(self.dimensions.is_pinned, self.dimensions.expand(self.axes[slot][d]))):
                 self.dimensions.pin(parts)
@@ -308,7 +313,11 @@ class Relations:
     def _reshape(self, step: Step) -> None:
         (whole,), (out,) = step.inputs, step.outputs
         if self.program.weighted[whole]:
-            return self.dimensions.unify(self._flat(whole), self._flat(out))
+            if not self.dimensions.unify(self._flat(whole), self._flat(out)):
+                both = self.dimensions.expand((*self._flat(whole), *self._flat(out)))
+                frozen = tuple(filter(self.dimensions.is_frozen, both))
+                self.stops.append(Frozen(step.name, step.where, frozen))
+            return
         # Before the first weights an axis that others are flattened into (the pixels of an image)
         # need not be cut as their product: single indices are taken from it.
         for before, after in _blocks(self._shape(whole), self._shape(out)):
@@ -319,7 +328,6 @@ class Relations:
                 self.gathered[out, flat] = axes
             else:
                 self.dimensions.unify(axes, tuple(dim for d in after for dim in self.axes[out][d]))
-        return None
 
     def _carry(self, step: Step) -> None:
         taken: set[int] = set()
@@ -353,13 +361,13 @@ class Relations:
         a, b = self.axes[whole][d], self.axes[part][d]
         if _same(n, m) and start >= 0:
             self.dimensions.unify(a, b)
-        elif stride != 1 or start < 0 or not isinstance(n, int) or not isinstance(m, int):
+        elif stride != 1 or start < 0 or not isinstance(n, int) or not isinstance(m, int) or m == 0:
             self._stop(step, a, b)
         elif m == 1:
             self.dimensions.pin(a)
             self.kept.append((a, np.array([start])))
         else:
-            self.dimensions.link(a, np.arange(start, start + m), b, np.arange(m))
+            self.dimensions.link(a, np.arange(start, start + m), b, np.arange(m), step)
 
     def _convolution(self, step: Step) -> None:
         params, dimensions = step.params, self.dimensions

@@ -17,7 +17,7 @@ import numpy as np
 
 from .axis_rules import Cut, Relations
 from .cutting import choose, complete
-from .dataflow import Known, constant, forwards, unknown
+from .dataflow import Known, constant, forwards, summed_constants, unknown
 from .folding import fold_constants
 from .program import Program, trace
 from .replay import run_block
@@ -100,23 +100,26 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
         params: a tree of arrays with zeros, after ``prune`` or ``apply_mask``. Statistics of batch
             norms belong here, too: ``variables`` of a Linen model.
         *inputs: examples, or their shapes (``jax.ShapeDtypeStruct``). Only shapes and dtypes count,
-            so a batch of one or two is enough.
+            so a batch of one or two is enough. What changes from call to call (a cache, a random
+            key) is an input, not a parameter.
 
     Returns:
         ``Compacted(fn, params, plan)``. ``fn(params, *inputs)`` is traced anew at each shape, so
-        wrap it in ``jax.jit``; every input axis along which the function works alike, a batch axis
-        for instance, may have another size than in the example, a symbolic one (``jax.export``)
-        too. It stays trainable: custom derivative rules are kept (for first derivatives), and kept
-        entries that are not zero have the gradients that they had, but for what acted only through
-        folded constants, which are fixed from then on.
+        wrap it in ``jax.jit``; every input axis of more than one along which the function works
+        alike, and a first axis of one (a batch), may have another size than in the example, a
+        symbolic one (``jax.export``) too, as long as ``fn`` itself does not calculate or decide
+        with that size in Python. It stays trainable: custom derivative rules are kept (for first
+        derivatives), and kept entries that are not zero have the gradients that they had, but for
+        what acted through folded constants: these are fixed, or follow the unit kept for all.
         ``plan.leaves`` has the kept indices of each leaf and axis; ``new_widths(plan)`` the widths
         with which the model can be built anew. ``params`` keep their dtypes. Where there is nothing
         to remove, the network is returned as it is and the plan's table says why.
 
     Raises:
         TypeError: ``fn`` cannot be traced, or a leaf of ``params`` or ``inputs`` is no array.
-        ValueError: an input's shape is symbolic. And later, in the smaller function: parameters of
-            another structure or shape, or inputs of another size along an axis that may not vary.
+        ValueError: an input's shape is symbolic or has a zero. And later, in the smaller function:
+            parameters of another structure or shape, or inputs of another size along an axis that
+            may not vary.
 
     Numerics: sums of the same terms, without the zeros, in another order; so equal to float
     tolerance. All intermediate values must be finite: 0 times infinity is taken for 0.
@@ -153,16 +156,16 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
     structs = _structs(params, "params")
     examples = _structs(inputs, "inputs")
     _check_sizes(examples)
-    program, _ = _traced(fn, structs, examples)
+    program = _traced(fn, structs, examples)
     entries = program.block.inputs
     count = len(jax.tree.leaves(structs))
-    paths = _paths(params)
-
+    leaves = jax.tree.leaves(params)
     relations = Relations(program)
     _pin(relations, entries[:count])
-    leaves = jax.tree.leaves(params)
-    with jax.debug_nans(False), jax.debug_infs(False):
+    with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
         known = _known(program, leaves, {})
+        for slot, d in summed_constants(program, known):
+            relations.dimensions.pin(relations.axes[slot][d])
         everything, _ = fold_constants(program, known, entries[:count])
         cut = choose(relations, _known(program, leaves, everything), entries)
         # Once more, with the constants of just those units that go.
@@ -176,20 +179,29 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
         cut.take(slot, jnp.asarray(changed[slot]) if slot in changed else leaf)
         for slot, leaf in zip(entries[:count], leaves, strict=True)
     ]
+    paths = _paths(params)
     where = dict(zip(entries[:count], paths, strict=True))
+    shapes = [struct.shape for struct in jax.tree.leaves(examples)]
     plan = CompactionPlan(
-        leaves=tuple(map(_leaf_plan, [cut] * count, entries[:count], paths)),
+        leaves=tuple(
+            LeafPlan(path, program.avals[slot].shape, _kept(cut, slot))
+            for slot, path in zip(entries[:count], paths, strict=True)
+        ),
         inputs=tuple(
-            map(
-                _leaf_plan,
-                [cut] * len(entries[count:]),
-                entries[count:],
-                _paths({"inputs": inputs}),
+            LeafPlan(path, shape, _kept(cut, slot))
+            for slot, path, shape in zip(
+                entries[count:], _paths({"inputs": inputs}), shapes, strict=True
             )
         ),
         folded=tuple(FoldedConstants(f.where, f.units, where[f.leaf], f.added) for f in folds),
         stops=_stops(relations, where),
-        variable=tuple(_variable(relations, slot) for slot in entries[count:]),
+        variable=tuple(
+            tuple(
+                free and program.avals[slot].shape[d] != 1
+                for d, free in enumerate(_variable(relations, slot))
+            )
+            for slot in entries[count:]
+        ),
         zeros=sum(int((~known[slot].nonzero).sum()) for slot in entries[:count]),
     )
     return Compacted(
@@ -247,10 +259,10 @@ def compaction_table(plan: CompactionPlan) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    if not plan.zeros:
-        lines.append("Nothing to remove: the parameters have no zeros.")
-    elif totals[0] == totals[1]:
-        lines.append("Nothing to remove: no unit is without incoming or outgoing weights.")
+    if all(leaf.shape == leaf.new_shape for leaf in (*plan.leaves, *plan.inputs)):
+        why = "no unit is without incoming or outgoing weights, or what is listed below kept it."
+        none = "the parameters have no zeros."
+        lines.append(f"Nothing to remove: {why if plan.zeros else none}")
     for fold in plan.folded:
         units = f"{fold.units} constant unit{'s' if fold.units > 1 else ''}"
         into = "folded into" if fold.added is not None else "joined with another in"
@@ -272,6 +284,11 @@ def _check_values(params: Any) -> None:
 
 def _check_sizes(examples: Any) -> None:
     for path, struct in jax.tree_util.tree_leaves_with_path({"inputs": examples}):
+        if 0 in struct.shape:
+            raise ValueError(
+                f"inputs: {leaf_path(path)} has no entries, its shape is {struct.shape}; give an "
+                "example of at least one."
+            )
         if not all(isinstance(size, int) for size in struct.shape):
             raise ValueError(
                 f"inputs: {leaf_path(path)} has the symbolic shape {struct.shape}; give an example "
@@ -295,9 +312,21 @@ def _structs(tree: Any, name: str) -> Any:
     return jax.tree_util.tree_map_with_path(struct, tree)
 
 
-def _traced(fn: Callable[..., Any], structs: Any, examples: Sequence[Any]) -> Any:
+def _traced(fn: Callable[..., Any], structs: Any, examples: Sequence[Any]) -> Program:
+    """Traces the example; a batch of one as one of two, to see what is done along it."""
+    varying = (False,) + (True,) * len(examples)
+    leaves, tree = jax.tree.flatten(examples)
+    if all(leaf.shape[:1] in ((), (1,)) for leaf in leaves):
+        two = [
+            jax.ShapeDtypeStruct((2, *leaf.shape[1:]) if leaf.shape else (), leaf.dtype)
+            for leaf in leaves
+        ]
+        try:
+            return trace(fn, (structs, *jax.tree.unflatten(tree, two)), varying)[0]
+        except Exception:  # the first axis is no batch: whatever fn says of two
+            pass
     try:
-        return trace(fn, (structs, *examples), (False,) + (True,) * len(examples))
+        return trace(fn, (structs, *examples), varying)[0]
     except (jax.errors.JAXTypeError, jax.errors.UnexpectedTracerError) as error:
         raise TypeError(
             "fn cannot be traced: it looks at the values of its arguments (see above). compact "
@@ -315,10 +344,9 @@ def _pin(relations: Relations, slots: Iterable[int]) -> None:
             relations.dimensions.pin(axis)
 
 
-def _leaf_plan(cut: Cut, slot: int, path: str) -> LeafPlan:
-    shape = cut.relations.program.avals[slot].shape
-    masks = [cut.mask(slot, d) for d in range(len(shape))]
-    return LeafPlan(path, shape, tuple(None if m is None else np.flatnonzero(m) for m in masks))
+def _kept(cut: Cut, slot: int) -> tuple[np.ndarray | None, ...]:
+    masks = [cut.mask(slot, d) for d in range(len(cut.shape(slot)))]
+    return tuple(None if mask is None else np.flatnonzero(mask) for mask in masks)
 
 
 def _variable(relations: Relations, slot: int) -> tuple[bool, ...]:
@@ -355,24 +383,28 @@ def _known(
 
 
 def _smaller(fn: Callable[..., Any], structs: Any, plan: CompactionPlan) -> Callable[..., Any]:
-    count = len(plan.leaves)
+    expected = jax.tree.structure(structs)
 
     def compacted(params: Any, *inputs: Any) -> Any:
-        leaves = _checked(params, structs, plan)
+        leaves = _checked(params, expected, plan)
         examples = _structs(inputs, "inputs")
         _check_inputs(jax.tree.leaves(examples), plan, plan.variable)
-        program, out = trace(fn, (structs, *examples), (False,) + (True,) * len(examples))
+        dense = [
+            jax.ShapeDtypeStruct(planned.shape, leaf.dtype, weak_type=leaf.weak_type)
+            for planned, leaf in zip(plan.leaves, map(jax.typeof, leaves), strict=True)
+        ]
+        arguments = (jax.tree.unflatten(expected, dense), *examples)
+        program, out = trace(fn, arguments, (False,) + (True,) * len(examples))
         entries = program.block.inputs
         relations = Relations(program)
-        _pin(relations, entries[:count])
-        # An axis of one shows nothing: whether a longer one may vary, this trace says.
-        variable = [_variable(relations, slot) for slot in entries[count:]]
-        _check_inputs([program.avals[slot] for slot in entries[count:]], plan, variable)
-        owned = _planned(relations, entries, (*plan.leaves, *plan.inputs))
-        cut = Cut(relations, complete(relations, owned))
+        _pin(relations, entries[: len(leaves)])
+        given = entries[len(leaves) :]
+        variable = [_variable(relations, slot) for slot in given]
+        _check_inputs([program.avals[slot] for slot in given], plan, variable)
+        cut = _planned(relations, entries, plan)
         cut_inputs = [
             cut.take(slot, value, apart=True)
-            for slot, value in zip(entries[count:], jax.tree.leaves(inputs), strict=True)
+            for slot, value in zip(given, jax.tree.leaves(inputs), strict=True)
         ]
         results = run_block(program.block, [*leaves, *cut_inputs], cut)
         return jax.tree.unflatten(out, results)
@@ -380,9 +412,8 @@ def _smaller(fn: Callable[..., Any], structs: Any, plan: CompactionPlan) -> Call
     return compacted
 
 
-def _checked(params: Any, structs: Any, plan: CompactionPlan) -> list[Any]:
+def _checked(params: Any, expected: Any, plan: CompactionPlan) -> list[Any]:
     found: Any = jax.tree.structure(params)
-    expected: Any = jax.tree.structure(structs)
     if found != expected:
         raise ValueError(
             f"params: the tree is not the one that was compacted. Expected {expected}, got {found}."
@@ -415,36 +446,46 @@ def _check_inputs(
         for d, (size, old) in enumerate(zip(value.shape, planned.shape, strict=True)):
             if not free[d] and not (isinstance(size, int) and size == old):
                 raise ValueError(
-                    f"{said} {planned.shape}, and along axis {d} its parameters, constants or "
-                    "slices look at single indices. Compact it for this shape, too."
+                    f"{said} {planned.shape}, and along axis {d} it looks at single indices, sums "
+                    "constants, or had but one. Compact it for this shape, too."
                 )
 
 
-def _planned(
-    relations: Relations, entries: Sequence[int], plans: Sequence[LeafPlan]
-) -> dict[int, np.ndarray]:
-    """A plan's indices as those of the dimensions of a new trace."""
+def _planned(relations: Relations, entries: Sequence[int], plan: CompactionPlan) -> Cut:
+    """The plan's cut in a new trace; raises if it does not fit there."""
     dimensions = relations.dimensions
     owned: dict[int, np.ndarray] = {}
-    for slot, plan in zip(entries, plans, strict=True):
-        for axis, kept in zip(relations.axes[slot], plan.kept, strict=True):
+    plans = (*plan.leaves, *plan.inputs)
+    for slot, planned in zip(entries, plans, strict=True):
+        for axis, kept in zip(relations.axes[slot], planned.kept, strict=True):
             roots = dimensions.expand(axis)
-            if kept is None:
-                continue
             sizes = [dimensions.size(root) for root in roots]
-            flat = np.zeros(int(np.prod(sizes)), bool)
-            flat[kept] = True
+            if not all(isinstance(size, int) for size in sizes):
+                continue
+            mask = np.full(int(np.prod(sizes)), kept is None)
+            if kept is not None:
+                mask[kept] = True
             for place, root in enumerate(roots):
                 others = tuple(e for e in range(len(sizes)) if e != place)
-                mask = np.asarray(flat.reshape(sizes).any(axis=others))
-                if not np.array_equal(owned.setdefault(root, mask), mask):
-                    raise ValueError(
-                        "inputs: at these shapes the function does not fit the plan (an axis of "
-                        f"{plan.path!r}). Compact it for these shapes, too."
-                    )
-    for slot in entries:
-        for axis in relations.axes[slot]:
-            for root in dimensions.expand(axis):
-                if isinstance(dimensions.size(root), int):
-                    owned.setdefault(root, np.ones((dimensions.size(root),), bool))
-    return owned
+                along = np.asarray(mask.reshape(sizes).any(axis=others))
+                owned[root] = owned.get(root, np.zeros((), bool)) | along
+    cut = Cut(relations, complete(relations, owned))
+    leaves = zip(entries, plan.leaves, strict=False)
+    wrong = [planned.path for slot, planned in leaves if cut.shape(slot) != planned.new_shape]
+    wrong += [
+        planned.path
+        for slot, planned in zip(entries, plans, strict=True)
+        if any(dimensions.is_frozen(d) for d in _cut_dimensions(cut, slot))
+    ]
+    if wrong:
+        raise ValueError(
+            "inputs: at these shapes the function is another one: it treats the axes of "
+            f"{', '.join(dict.fromkeys(wrong))} in another way than the one that was compacted. "
+            "Compact it for these shapes, too."
+        )
+    return cut
+
+
+def _cut_dimensions(cut: Cut, slot: int) -> list[int]:
+    expand = cut.relations.dimensions.expand
+    return [d for axis in cut.relations.axes[slot] for d in expand(axis) if d in cut.keep]

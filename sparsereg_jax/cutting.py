@@ -16,11 +16,7 @@ def choose(relations: Relations, known: dict[int, Known], entries: Sequence[int]
         known: what ``dataflow.forwards`` says of its values.
         entries: the slots of the leaves and inputs.
     """
-
-    def nothing(slot: int) -> None:
-        return None
-
-    cut = Cut(relations, _kept(relations, backwards(relations.program, known, nothing), entries))
+    cut = Cut(relations, _kept(relations, backwards(relations.program, known), entries))
     while True:
         needed = backwards(relations.program, known, cut.entries)
         more = Cut(relations, _kept(relations, needed, entries))

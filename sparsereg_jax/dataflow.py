@@ -69,15 +69,16 @@ def run(step: Step, *operands: Any, **changed: Any) -> list[Any]:
     return bind(step, *(jnp.asarray(operand) for operand in operands), **changed)
 
 
-def as_sum(step: Step, *operands: Any) -> np.ndarray:
-    """A product on single-precision operands, at full precision."""
-    (out,) = run(
+def product(step: Step, a: Any, b: Any, dtype: Any = np.float32) -> Any:
+    """A matrix product or convolution of operands of another dtype, at full precision."""
+    (out,) = bind(
         step,
-        *(np.asarray(operand, np.float32) for operand in operands),
-        preferred_element_type=np.dtype(np.float32),
+        jnp.asarray(a, dtype),
+        jnp.asarray(b, dtype),
+        preferred_element_type=np.dtype(dtype),
         precision=jax.lax.Precision.HIGHEST,
     )
-    return np.asarray(out)
+    return out
 
 
 def forwards(program: Program, values: Sequence[Known]) -> dict[int, Known]:
@@ -94,15 +95,16 @@ def forwards(program: Program, values: Sequence[Known]) -> dict[int, Known]:
 
 
 def backwards(
-    program: Program, known: dict[int, Known], kept: Callable[[int], np.ndarray | None]
+    program: Program, known: dict[int, Known], kept: Callable[[int], np.ndarray] | None = None
 ) -> dict[int, np.ndarray]:
     """Which entries of every slot are needed for the program's results.
 
     Args:
         program: the traced function.
         known: what :func:`forwards` says of it.
-        kept: entries that are to be right although no result needs them, in values of which some
-            entry is needed; None for none.
+        kept: the entries of a slot that a cut leaves; None for all that are not needed. Whatever a
+            needed operation reads must have the value that it had, be it a zero that is not needed:
+            so these entries of its operands are needed, too.
     """
     needed: dict[int, np.ndarray] = {}
 
@@ -113,15 +115,15 @@ def backwards(
     for slot in program.block.outputs:
         need(slot, np.broadcast_to(np.True_, program.avals[slot].shape))
     for step in reversed(list(all_steps(program.block))):
-        for slot in step.outputs:
-            if slot in needed and needed[slot].any() and (also := kept(slot)) is not None:
-                need(slot, also)
         wanted = [
             needed.get(slot, np.broadcast_to(np.False_, program.avals[slot].shape))
             for slot in step.outputs
         ]
         if not any(want.any() for want in wanted):
             continue
+        if kept is not None:
+            for slot in step.inputs:
+                need(slot, kept(slot))
         if step.call is not None:
             for slot, want in zip(step.call.body.outputs, wanted, strict=True):
                 need(slot, want)
@@ -134,8 +136,28 @@ def backwards(
     return needed
 
 
+def summed_constants(program: Program, known: dict[int, Known]) -> list[tuple[int, int]]:
+    """Axes (of slots) over which a sum of constants is taken: it depends on how long they are."""
+    found = []
+    for step in all_steps(program.block):
+        if step.name in ("reduce_sum", "reduce_prod"):
+            axes = [[int(axis) for axis in step.params["axes"]]]
+        elif step.name == "dot_general":
+            axes = step.params["dimension_numbers"][0]
+        else:
+            continue
+        result = known[step.outputs[0]]
+        if result.value is not None and (~result.varies & (result.value != 0)).any():
+            found += [
+                (slot, d) for slot, which in zip(step.inputs, axes, strict=True) for d in which
+            ]
+    return found
+
+
 def _forward(step: Step, operands: list[Known], avals: list[Any]) -> list[Known]:
     shapes = [avals[slot].shape for slot in step.outputs]
+    if not shapes or "callback" in step.name:
+        return [unknown(shape) for shape in shapes]  # what has effects is not run
     if not any(operand.varies.any() for operand in operands):
         if any(operand.value is None for operand in operands):
             return [unknown(shape) for shape in shapes]  # keys of random numbers, empty arrays
@@ -146,15 +168,18 @@ def _forward(step: Step, operands: list[Known], avals: list[Any]) -> list[Known]
     if step.name in LOOKUPS and any(operand.varies.any() for operand in operands[1:]):
         values = _looked_up(step, operands, avals)
     else:
-        values = run(
-            step,
-            *(
-                np.zeros(avals[slot].shape, avals[slot].dtype)
-                if operand.value is None
-                else np.where(operand.varies, np.zeros((), operand.value.dtype), operand.value)
-                for slot, operand in zip(step.inputs, operands, strict=True)
-            ),
-        )
+        placeholders = [0] * len(operands)
+        if step.name == "div":
+            placeholders[1] = 1  # a known zero divided by whatever it is
+        filled = [
+            np.full(avals[slot].shape, placeholder, avals[slot].dtype)
+            if operand.value is None
+            else np.where(
+                operand.varies, np.asarray(placeholder, operand.value.dtype), operand.value
+            )
+            for slot, operand, placeholder in zip(step.inputs, operands, placeholders, strict=True)
+        ]
+        values = run(step, *filled)
     return [Known(which, np.asarray(value)) for which, value in zip(varies, values, strict=True)]
 
 
@@ -180,9 +205,9 @@ def _varies(
             return None
         out = np.zeros(shapes[0], bool)
         if a.varies.any():
-            out |= as_sum(step, a.varies, b.nonzero) != 0
+            out |= np.asarray(product(step, a.varies, b.nonzero)) != 0
         if b.varies.any():
-            out |= as_sum(step, a.nonzero, b.varies) != 0
+            out |= np.asarray(product(step, a.nonzero, b.varies)) != 0
         return [out]
     if name in MOVES:
         if all(operand.varies.all() for operand in operands):
@@ -196,6 +221,7 @@ def _varies(
                 return None
             gone = _gone(step, avals)
             mixed = table.varies | (table.value != _first(table.value, gone))
+            mixed = mixed | _may_fill(step, table.value)
             return [_spread(mixed.any(axis=gone), step, avals, shapes[0])]
         moved = run(
             step,
@@ -238,8 +264,8 @@ def _backward(
         (want,) = wanted
         a, b = operands
         ones = [np.zeros(shape, np.float32) for shape in shapes]
-        first = _transpose(lambda x: _float_sum(step, x, b.nonzero), ones[:1], want)[0]
-        second = _transpose(lambda x: _float_sum(step, a.nonzero, x), ones[1:], want)[0]
+        first = _transpose(lambda x: [product(step, x, b.nonzero)], ones[:1], want)[0]
+        second = _transpose(lambda x: [product(step, a.nonzero, x)], ones[1:], want)[0]
         return [first & a.nonzero, second & b.nonzero]
     if name in MOVES:
         examples = [np.zeros(shape, np.float32) for shape in shapes]
@@ -286,15 +312,6 @@ def _transpose(fn: Any, examples: list[np.ndarray], *wanted: np.ndarray) -> list
     return [np.asarray(out) != 0 for out in found]
 
 
-def _float_sum(step: Step, a: Any, b: Any) -> list[Any]:
-    return bind(
-        step,
-        jnp.asarray(a, jnp.float32),
-        jnp.asarray(b, jnp.float32),
-        preferred_element_type=np.dtype(np.float32),
-    )
-
-
 def _window_sum(step: Step, operand: Any) -> Any:
     params = step.params
     return jax.lax.reduce_window(
@@ -315,6 +332,16 @@ def _narrow(which: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return np.asarray(which.any()).reshape(shape)
     stretched = tuple(d for d, n in enumerate(shape) if n != which.shape[d])
     return np.asarray(which.any(axis=stretched, keepdims=True)) if stretched else which
+
+
+def _may_fill(step: Step, value: np.ndarray) -> np.ndarray:
+    """Entries that an index out of range would replace by another value (NaN is not looked at)."""
+    if step.name != "gather" or "FILL" not in str(step.params["mode"]):
+        return np.zeros((), bool)
+    fill = step.params["fill_value"]
+    if fill is None:  # NaN, or of integers the least or the largest
+        return np.asarray(not jnp.issubdtype(value.dtype, jnp.inexact))
+    return np.asarray(False) if np.isnan(fill) else value != fill
 
 
 def _gone(step: Step, avals: list[Any]) -> tuple[int, ...]:

@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .dataflow import PRODUCTS, Known, as_sum
+from .dataflow import PRODUCTS, Known, product
 from .program import Program, Step, all_steps, bind
 
-# What may stand between a leaf and its use, or between a product and the bias that follows.
-_MOVES = frozenset(
-    ["reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy"]
-)
+# What may stand between a leaf and its use, or between a product and the bias that follows; casts
+# from one floating type to another, too.
+_TRANSPARENT = frozenset(["reshape", "transpose", "squeeze", "broadcast_in_dim", "copy"])
 
 
 class Fold(NamedTuple):
@@ -90,7 +89,10 @@ def fold_constants(
             if bias is not None:
                 where, added = bias
                 taking = np.asarray(values.get(where, known[where].value))
-                values[where] = (taking.astype(np.float64) + added).astype(taking.dtype)
+                with np.errstate(over="ignore"):
+                    taken = (taking.astype(np.float64) + added).astype(taking.dtype)
+            if bias is not None and np.isfinite(taken).all():
+                values[where] = taken
                 rows[going] = 0
                 folds.append(Fold(step.where, int(going.sum()), where, added))
             elif units.mask.sum() > 1 and units.mask.ndim == 1:
@@ -129,6 +131,15 @@ class _Graph:
             if step.call is not None:
                 self.uses.update(step.call.body.outputs)
 
+    def is_transparent(self, step: Step) -> bool:
+        """Whether a step only moves entries, or casts them between floating types."""
+        if step.name == "convert_element_type":
+            slots = (*step.inputs, *step.outputs)
+            return all(
+                jnp.issubdtype(self.program.avals[slot].dtype, jnp.floating) for slot in slots
+            )
+        return step.name in _TRANSPARENT
+
     def lineage(self, slot: int) -> tuple[int, list[Step]] | None:
         """The leaf that a slot is, but for moves, if nothing else uses it."""
         chain: list[Step] = []
@@ -136,7 +147,7 @@ class _Graph:
             if slot in self.leaves:
                 return slot, chain[::-1]
             step = self.maker.get(slot)
-            if step is None or step.name not in _MOVES:
+            if step is None or not self.is_transparent(step):
                 return None
             chain.append(step)
             (slot,) = step.inputs
@@ -145,7 +156,7 @@ class _Graph:
 
 def _constant_units(step: Step, side: int, operand: Known) -> Units | None:
     value = operand.value
-    if value is None or value.size == 0:
+    if value is None or value.size == 0 or not jnp.issubdtype(value.dtype, jnp.floating):
         return None
     numbers = step.params["dimension_numbers"]
     if step.name == "dot_general":
@@ -182,11 +193,12 @@ def _into_bias(
     free = tuple(d for d in range(len(shape)) if d not in units.inputs)
     constants = np.transpose(units.values, np.argsort(units.inputs))
     constants = np.broadcast_to(np.expand_dims(constants, free), shape)
-    delta = as_sum(step, *((operand, constants) if side == 0 else (constants, operand)))
+    pair = (operand, constants) if side == 0 else (constants, operand)
+    delta = np.asarray(product(step, *pair, dtype=jnp.result_type(float)))
     (slot,) = step.outputs
     while graph.uses[slot] == 1 and slot in graph.user:
         user = graph.user[slot]
-        if user.name in _MOVES and user.name != "broadcast_in_dim":
+        if graph.is_transparent(user) and user.name != "broadcast_in_dim":
             delta = _along([user], delta)
         elif user.name in ("add", "add_any", "sub"):
             place = user.inputs.index(slot)
@@ -219,9 +231,9 @@ def _taken(
                 (x,) = bind(step, x)
         return jnp.broadcast_to(x, delta.shape)
 
-    pull = jax.linear_transpose(forth, np.zeros(aval.shape, np.float32))
-    copies = np.asarray(pull(jnp.ones(delta.shape, jnp.float32))[0])
-    added = np.asarray(pull(jnp.asarray(delta, jnp.float32))[0]) / np.maximum(copies, 1)
+    pull = jax.linear_transpose(forth, np.zeros(aval.shape, jnp.result_type(float)))
+    copies = np.asarray(pull(jnp.ones(delta.shape, jnp.result_type(float)))[0])
+    added = np.asarray(pull(jnp.asarray(delta, jnp.result_type(float)))[0]) / np.maximum(copies, 1)
     image = np.asarray(forth(jnp.asarray(added)))
     close = np.allclose(image, delta, rtol=1e-5, atol=1e-6 * np.abs(delta).max(initial=0.0))
     return (leaf, added) if close else None

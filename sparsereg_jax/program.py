@@ -20,6 +20,27 @@ _CUSTOM_JVP = {"custom_jvp_call"}
 _CUSTOM_VJP = {"custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
+def _stack(*operands: Any, axis: int) -> Any:
+    return jax.lax.concatenate([jax.lax.expand_dims(x, (axis,)) for x in operands], axis)
+
+
+def _unstack(operand: Any, *, axis: int) -> list[Any]:
+    return [
+        jax.lax.index_in_dim(operand, i, axis, keepdims=False) for i in range(operand.shape[axis])
+    ]
+
+
+def _tile(operand: Any, *, reps: Sequence[int]) -> Any:
+    pairs = [size for pair in zip(reps, operand.shape, strict=True) for size in pair]
+    places = range(1, len(pairs), 2)
+    shape = [rep * size for rep, size in zip(reps, operand.shape, strict=True)]
+    return jax.lax.reshape(jax.lax.broadcast_in_dim(operand, pairs, tuple(places)), shape)
+
+
+# Newer JAX has primitives for what older JAX composes.
+_COMPOSED: dict[str, Callable[..., Any]] = {"stack": _stack, "unstack": _unstack, "tile": _tile}
+
+
 class Block(NamedTuple):
     """Steps with their entries and exits, as slots."""
 
@@ -131,6 +152,9 @@ class _Table:
         self.weighted.append(weighted)
         return len(self.avals) - 1
 
+    def struct(self, slot: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.avals[slot].shape, self.avals[slot].dtype)
+
     def constant(self, aval: Any, value: Any) -> int:
         slot = self.new(aval)
         self.constants[slot] = value
@@ -155,6 +179,13 @@ class _Table:
             if name in _INLINED:
                 inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
                 block = self.inline(*_open(inner), operands, _where(eqn, outer))
+                steps.extend(block.steps)
+                slots.update(zip(eqn.outvars, block.outputs, strict=True))
+                continue
+            if name in _COMPOSED:
+                composed = functools.partial(_COMPOSED[name], **eqn.params)
+                closed = jax.make_jaxpr(composed)(*(self.struct(slot) for slot in operands))
+                block = self.inline(closed.jaxpr, closed.consts, operands, _where(eqn, outer))
                 steps.extend(block.steps)
                 slots.update(zip(eqn.outvars, block.outputs, strict=True))
                 continue
@@ -223,10 +254,7 @@ class _Table:
         return block
 
     def _differentiable(self, step: Step) -> tuple[list[Any], tuple[int, ...], Callable[..., Any]]:
-        primals = [
-            jax.ShapeDtypeStruct(self.avals[slot].shape, self.avals[slot].dtype)
-            for slot in step.inputs
-        ]
+        primals = [self.struct(slot) for slot in step.inputs]
         which = tuple(
             i for i, primal in enumerate(primals) if jax.numpy.issubdtype(primal.dtype, np.inexact)
         )

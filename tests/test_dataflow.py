@@ -55,7 +55,7 @@ def test_against_changing_each_entry(fn, make, x64):
     *leaves, last = traced.block.inputs
     values = [dataflow.constant(leaf) for leaf in jax.tree.leaves(params)]
     known = dataflow.forwards(traced, [*values, dataflow.unknown(x.shape)])
-    needed = dataflow.backwards(traced, known, lambda slot: None)
+    needed = dataflow.backwards(traced, known)
     run = jax.jit(fn)
 
     # An entry of the input is needed exactly if changing it changes the result. The causal mask
@@ -110,9 +110,10 @@ def test_axes_that_do_not_factor_are_frozen():
 def test_links_of_an_axis_that_is_split_later_freeze_it():
     dimensions = axes.Dimensions()
     whole, part = dimensions.new(6), dimensions.new(4)
-    dimensions.link(whole, np.arange(4), part, np.arange(4))
+    dimensions.link(whole, np.arange(4), part, np.arange(4), "a slice")
     dimensions.unify(whole, dimensions.new(2) + dimensions.new(3))
-    dimensions.settle()
+    ((_, maker),) = dimensions.settle()
+    assert maker == "a slice"
     assert not dimensions.links
     assert all(dimensions.is_frozen(d) for d in dimensions.expand(whole + part))
 
@@ -129,3 +130,17 @@ def test_links_of_an_axis_that_is_split_later_freeze_it():
 )
 def test_blocks_of_a_reshape(before, after, blocks):
     assert axis_rules._blocks(before, after) == blocks
+
+
+def test_equal_parts_of_an_axis_are_products_with_it():
+    """Queries, keys and values in one matrix of 24 columns, each cut into 2 heads of 4."""
+    dimensions = axes.Dimensions()
+    whole, parts = dimensions.new(24), [dimensions.new(8) for _ in range(3)]
+    for i, part in enumerate(parts):
+        dimensions.link(whole, np.arange(8 * i, 8 * i + 8), part, np.arange(8), "split")
+    heads = dimensions.new(2) + dimensions.new(4)
+    dimensions.unify(parts[0], heads)
+    assert dimensions.settle() == []
+    assert [dimensions.size(d) for d in dimensions.expand(whole)] == [3, 2, 4]
+    assert all(dimensions.expand(whole)[1:] == dimensions.expand(part) for part in parts)
+    assert [dimensions.is_frozen(d) for d in dimensions.expand(whole)] == [True, False, False]

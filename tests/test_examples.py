@@ -55,7 +55,10 @@ def test_lenet_on_digits(tmp_path, capsys):
 
 def test_same_seed_same_numbers_and_every_method(tmp_path, capsys):
     results = run(tmp_path, "--method", "selective", "l2", "none", "--seed", "1")
-    again = run(tmp_path, "--seed", "1")
+    again = run(tmp_path, "--seed", "1", "--report")
+    page = (tmp_path / "report-lenet300-digits-selective-seed1" / "report.html").read_text()
+    assert f"{again[0]['kept']:,} are kept" in page
+    assert "3 checks" in page
     for key in ("kept", "test_error", "validation_accuracy", "dense_test_error"):
         assert again[0][key] == results[0][key]
     assert {result["kept"] for result in results} == {results[0]["kept"]}

@@ -1,0 +1,1 @@
+"""Scripts and a notebook that a user runs."""
