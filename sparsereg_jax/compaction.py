@@ -90,7 +90,8 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
     and the zeros of ``params``, forwards and backwards through residual branches, normalizations,
     attention, reshapes, concatenations. What an operation that is not understood touches stays as
     it is, and the plan's ``stops`` name that operation. Pixels or features that no weight reads are
-    cut from the inputs inside the smaller function: it takes the same inputs.
+    cut from the inputs inside the smaller function, which takes the same inputs (of an image that
+    is flattened, if more than an eighth of them goes).
 
     Args:
         fn: ``fn(params, *inputs)``, traceable by JAX; without training-time randomness (dropout
@@ -127,8 +128,8 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
     Example:
         >>> import jax, jax.numpy as jnp
         >>> def mlp(params, x):
-        ...     hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
-        ...     return hidden @ params["w2"] + params["b2"]
+        ...     hidden = jax.nn.relu(x @ params["w1"] + params["b1"][None])
+        ...     return hidden @ params["w2"] + params["b2"][None]
         >>> params = {
         ...     "w1": jnp.array([[1.0, 0.0, 2.0], [3.0, 0.0, 4.0]]),  # unit 1 reads nothing
         ...     "b1": jnp.array([0.0, 0.5, 0.0]),
@@ -225,7 +226,7 @@ def new_widths(plan: CompactionPlan) -> dict[str, int]:
     Example:
         >>> import jax, jax.numpy as jnp
         >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-        >>> fn = lambda params, x: x @ params["dense"]["kernel"] + params["dense"]["bias"]
+        >>> fn = lambda params, x: x @ params["dense"]["kernel"] + params["dense"]["bias"][None]
         >>> new_widths(compact(fn, params, jnp.ones((1, 2))).plan)
         {'dense': 3}
     """

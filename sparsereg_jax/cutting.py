@@ -52,6 +52,10 @@ def _kept(
         roots = dimensions.expand(axis)
         for root in roots:
             keep[root][indices if len(roots) == 1 else slice(None)] = True
+    for slot, d in relations.gathered:
+        for root in dimensions.expand(relations.axes[slot][d]):
+            if keep[root].mean() > 7 / 8:
+                keep[root][:] = True  # taking nearly all of it costs more than it saves
     for mask in keep.values():
         if mask.size and not mask.any():
             mask[0] = True  # an empty axis is more than some operations take

@@ -46,6 +46,7 @@ STEP_PAIRS = [
 ]
 
 
+@pytest.mark.slow
 def test_everything_in_one_table(tiny, monkeypatch, tmp_path, capsys):
     small = {"width": 16, "layers": 2}
     whole, alone = steps.training_step, steps.optimizer_step

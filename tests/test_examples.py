@@ -53,6 +53,7 @@ def test_lenet_on_digits(tmp_path, capsys):
     assert re.search(r"test error: dense [\d.]+ %, sparse [\d.]+ %", shown)
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers_and_every_method(tmp_path, capsys):
     results = run(tmp_path, "--method", "selective", "l2", "none", "--seed", "1")
     again = run(tmp_path, "--seed", "1", "--report")
