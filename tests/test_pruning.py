@@ -112,6 +112,7 @@ def test_a_rule_lowers_for_every_platform(rule):
     assert_same(exported.call(params), RULES[rule](params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["threshold", "global", "fraction", "n_of_m", "units"])
 def test_masks_are_sharded_like_the_params(rule):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("a", "b"))
@@ -228,6 +229,7 @@ def test_fraction_is_of_what_remains():
     assert count_kept(mask) == remaining
 
 
+@pytest.mark.slow
 def test_python_numbers_round_as_in_python_and_traced_ones_exactly():
     params = {"w": jnp.arange(1.0, 11.0)[None]}
     half = mask_by_sparsity(params, 0.5)

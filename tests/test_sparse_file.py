@@ -663,6 +663,7 @@ def test_every_length(path):
             sj.load_sparse(path)
 
 
+@pytest.mark.slow
 def test_random_faults(tmp_path):
     result = fuzz_sparse_file.run(2000, 10**9, tmp_path)
     assert result.failures == []

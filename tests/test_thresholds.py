@@ -256,6 +256,7 @@ DTYPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact_ties", [False, True])
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_plans_are_a_walk_in_order(dtypes, exact_ties):
