@@ -22,11 +22,10 @@ class Link(NamedTuple):
     first_indices: np.ndarray
     second: int
     second_indices: np.ndarray
-    maker: Any = None  # whoever made the link, to be told if it cannot hold
 
     def reversed(self) -> "Link":
         """The same link, seen from the other side."""
-        return Link(self.second, self.second_indices, self.first, self.first_indices, self.maker)
+        return Link(self.second, self.second_indices, self.first, self.first_indices)
 
 
 class Dimensions:
@@ -152,7 +151,7 @@ class Dimensions:
         for whole, indices, part, others, maker in self._asked:
             a, b = self.expand(whole), self.expand(part)
             if len(a) == len(b) == 1:
-                self.links.append(Link(a[0], indices, b[0], others, maker))
+                self.links.append(Link(a[0], indices, b[0], others))
             elif not self._parts_of(a, b, indices, others) or a[-len(b) :] != b:
                 self.freeze((*a, *b))
                 failed.append(((*a, *b), maker))

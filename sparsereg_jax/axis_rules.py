@@ -190,8 +190,7 @@ class Relations:
         self.stops: list[Frozen] = []
         self.kept: list[tuple[Axis, np.ndarray]] = []  # indices that must stay
         self.gathered: dict[tuple[int, int], Axis] = {}  # (slot, axis) -> what is flattened into it
-        sliced: dict[tuple[int, int], np.ndarray] = {}  # (slot, axis) -> indices in some slice
-        self._sliced = sliced
+        self._sliced: dict[tuple[int, int], np.ndarray] = {}  # (slot, axis) -> what slices read
         for slot in program.constants:
             self.dimensions.pin(self._flat(slot))
         self._block(program.block)
@@ -200,7 +199,7 @@ class Relations:
         for (slot, d), parts in self.gathered.items():
             if any(map(self.dimensions.is_pinned, self.dimensions.expand(self.axes[slot][d]))):
                 self.dimensions.pin(parts)
-        for (slot, d), read in sliced.items():  # unread for want of a slice, not of weights
+        for (slot, d), read in self._sliced.items():  # unread for want of a slice, not of weights
             self.kept.append((self.axes[slot][d], np.flatnonzero(~read)))
 
     def _block(self, block: Block) -> None:

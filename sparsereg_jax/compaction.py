@@ -21,7 +21,7 @@ from .dataflow import Known, constant, forwards, summed_constants, unknown
 from .folding import fold_constants
 from .program import Program, trace
 from .replay import run_block
-from .selection import leaf_path
+from .selection import aligned, leaf_path
 
 
 class LeafPlan(NamedTuple):
@@ -255,11 +255,7 @@ def compaction_table(plan: CompactionPlan) -> str:
     for leaf in plan.inputs:
         if leaf.new_shape != leaf.shape:
             rows.append((leaf.path, str(leaf.shape), str(leaf.new_shape)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = aligned(rows)
     if all(leaf.shape == leaf.new_shape for leaf in (*plan.leaves, *plan.inputs)):
         why = "no unit is without incoming or outgoing weights, or what is listed below kept it."
         none = "the parameters have no zeros."

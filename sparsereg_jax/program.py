@@ -173,21 +173,22 @@ class _Table:
                 return self.constant(atom.aval, atom.val)
             return slots[atom]
 
+        def take_in(eqn: Any, jaxpr: Any, operands: tuple[int, ...]) -> None:
+            block = self.inline(*_open(jaxpr), operands, _where(eqn, outer))
+            steps.extend(block.steps)
+            slots.update(zip(eqn.outvars, block.outputs, strict=True))
+
         for eqn in jaxpr.eqns:
             operands = tuple(map(read, eqn.invars))
             name = eqn.primitive.name
             if name in _INLINED:
                 inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-                block = self.inline(*_open(inner), operands, _where(eqn, outer))
-                steps.extend(block.steps)
-                slots.update(zip(eqn.outvars, block.outputs, strict=True))
+                take_in(eqn, inner, operands)
                 continue
             if name in _COMPOSED:
                 composed = functools.partial(_COMPOSED[name], **eqn.params)
-                closed = jax.make_jaxpr(composed)(*(self.struct(slot) for slot in operands))
-                block = self.inline(closed.jaxpr, closed.consts, operands, _where(eqn, outer))
-                steps.extend(block.steps)
-                slots.update(zip(eqn.outvars, block.outputs, strict=True))
+                inner = jax.make_jaxpr(composed)(*(self.struct(slot) for slot in operands))
+                take_in(eqn, inner, operands)
                 continue
             reached = any(self.reached[slot] for slot in operands)
             weighted = any(self.weighted[slot] for slot in operands)
@@ -200,9 +201,7 @@ class _Table:
             elif name in _CUSTOM_JVP | _CUSTOM_VJP and self.in_rule:
                 # A rule calls its own function again: its rules would have no end.
                 inner = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
-                block = self.inline(*_open(inner), operands)
-                steps.extend(block.steps)
-                slots.update(zip(eqn.outvars, block.outputs, strict=True))
+                take_in(eqn, inner, operands)
                 continue
             elif name in _CUSTOM_JVP:
                 step = step._replace(call=self.custom_jvp(step, eqn))

@@ -8,7 +8,7 @@ and ``update`` with ``layer/kernel``; both are ``layer/kernel`` here.)
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -262,9 +262,13 @@ def selection_table(params: PyTree, mask: Mask = weights) -> str:
     sizes = [jnp.size(leaf) for _, leaf in leaves]
     taken_sizes = [size for size, taken in zip(sizes, selected, strict=True) if taken]
     rows.append(("total", str(sum(sizes)), "", str(sum(taken_sizes))))
+    return "\n".join(aligned(rows))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table of cells, its columns as wide as they must be."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    ]
