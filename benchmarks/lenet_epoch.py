@@ -21,6 +21,7 @@ def measure(rounds: int, images: int = 55_000, batch: int = 100) -> list[Row]:
         random.integers(0, 10, images, dtype=np.int32),
     )
     model, steps = models.LeNet300(), images // batch
+    forward = trainer.stateless(model.apply)
     params = model.init(jax.random.key(0), noise.images[:1])
     selective = sj.selective_adam(1e-3, strength=sj.paper_strength(1e-3, steps))
     held = sj.hold_zeros(selective)
@@ -36,7 +37,7 @@ def measure(rounds: int, images: int = 55_000, batch: int = 100) -> list[Row]:
             mask = sj.mask_by_sparsity(params, 0.9, mask=sj.every_parameter)
             pruned, state = sj.prune(tx, record.params, record.opt_state, mask)
             record = record._replace(params=pruned, opt_state=state)
-        runs[name] = Candidate(trainer.trainer(model.apply, tx, noise, batch, steps), record)
+        runs[name] = Candidate(trainer.trainer(forward, tx, noise, batch, steps), record)
     seconds, _ = interleave(runs, rounds)
     return [
         compare("LeNet-300-100 epoch", runs, seconds, name, "adam", must=1.10)

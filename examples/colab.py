@@ -99,7 +99,8 @@ test_accuracy = trainer.accuracy(model.apply, splits.test)
 
 epoch = len(splits.train.images) // batch
 tx = optax.adam(optax.cosine_decay_schedule(1e-3, DENSE_EPOCHS * epoch))
-train = trainer.trainer(model.apply, tx, splits.train, batch, epoch, sharding=divided)
+forward = trainer.stateless(model.apply)
+train = trainer.trainer(forward, tx, splits.train, batch, epoch, sharding=divided)
 record = trainer.start(params, tx, len(splits.train.images), seed=0)
 record = jax.device_put(record, everywhere)
 for _ in range(DENSE_EPOCHS):
@@ -115,7 +116,7 @@ print(f"accuracy on the validation images: {accuracy(dense):.2%}")
 
 # %%
 tx = sj.hold_zeros(sj.selective_adam(1e-3, strength=sj.paper_strength(1e-3, epoch)))
-train = trainer.trainer(model.apply, tx, splits.train, batch, INTERVAL, sharding=divided)
+train = trainer.trainer(forward, tx, splits.train, batch, INTERVAL, sharding=divided)
 pruning = sj.iterative_pruning(
     tx,
     train,

@@ -4,8 +4,9 @@
 """
 
 import importlib.util
+import io
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Splits(NamedTuple):
     validation: Images
     test: Images
     classes: int
+    title: str  # as a table should name it
 
 
 def load(name: str, data_dir: str | Path | None = None, validation: int | None = None) -> Splits:
@@ -31,7 +33,8 @@ def load(name: str, data_dir: str | Path | None = None, validation: int | None =
 
     Args:
       name: ``"digits"``, or a tensorflow-datasets name with ``image`` and ``label``.
-      data_dir: where tensorflow-datasets keeps its data; None for its own default.
+      data_dir: where tensorflow-datasets keeps its data, None for its own default; or a file that
+        ``examples.pack`` wrote.
       validation: images of the training set held out; by default 5,000, of the digits 600.
 
     Returns:
@@ -43,10 +46,14 @@ def load(name: str, data_dir: str | Path | None = None, validation: int | None =
     """
     if name == "digits":
         images, labels, test_images, test_labels = _digits()
+        title = name
         validation = 600 if validation is None else validation
+    elif data_dir is not None and Path(data_dir).suffix == ".npz":
+        images, labels, test_images, test_labels, title = _packed(Path(data_dir))
+        validation = 5000 if validation is None else validation
     else:
-        images, labels = _tfds(name, "train", data_dir)
-        test_images, test_labels = _tfds(name, "test", data_dir)
+        images, labels, title = _tfds(name, "train", data_dir)
+        test_images, test_labels, _ = _tfds(name, "test", data_dir)
         validation = 5000 if validation is None else validation
     if not 0 < validation < len(images):
         raise ValueError(f"validation={validation} is not between 1 and {len(images) - 1}.")
@@ -63,6 +70,7 @@ def load(name: str, data_dir: str | Path | None = None, validation: int | None =
         validation=split(images[kept_back], labels[kept_back]),
         test=split(test_images, test_labels),
         classes=int(labels.max()) + 1,
+        title=title,
     )
 
 
@@ -75,7 +83,7 @@ def _digits() -> tuple[np.ndarray, ...]:
     return images[~test], digits.target[~test], images[test], digits.target[test]
 
 
-def _tfds(name: str, split: str, data_dir: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
+def _tfds(name: str, split: str, data_dir: str | Path | None) -> tuple[np.ndarray, np.ndarray, str]:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(name, data_dir=data_dir)
@@ -96,4 +104,27 @@ def _tfds(name: str, split: str, data_dir: str | Path | None) -> tuple[np.ndarra
     else:
         rows = list(tfds.as_numpy(builder.as_dataset(split=split)))
     images = np.stack([row["image"] for row in rows]).astype(np.float32)
-    return images, np.array([row["label"] for row in rows])
+    return images, np.array([row["label"] for row in rows]), table_name(builder)
+
+
+def table_name(builder: Any) -> str:
+    """CIFAR-10 is kept in PNG; of a copy in JPEG a table should say so."""
+    jpeg = builder.info.features["image"].encoding_format == "jpeg"
+    return builder.name + (", JPEG copy" if jpeg and builder.name.startswith("cifar") else "")
+
+
+def _packed(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
+    """What :mod:`examples.pack` wrote."""
+    from PIL import Image
+
+    with np.load(path) as file:
+        parts = []
+        for split in ("train", "test"):
+            files = np.split(file[f"{split}_files"], file[f"{split}_ends"][:-1])
+            images = [np.asarray(Image.open(io.BytesIO(each.tobytes()))) for each in files]
+            parts += [np.stack(images).astype(np.float32), file[f"{split}_labels"]]
+        title = str(file["title"])
+    train_images, train_labels, test_images, test_labels = (
+        part[..., None] if part.ndim == 3 else part for part in parts
+    )
+    return train_images, train_labels, test_images, test_labels, title

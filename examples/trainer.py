@@ -11,90 +11,164 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .data import Images
 
+# (params, model_state, images) -> (logits, model_state), as in training
+Forward = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
+
 
 class Record(NamedTuple):
     """All that training goes on from; ``iterative_pruning`` asks for the first two fields."""
 
     params: Any
     opt_state: optax.OptState
+    model_state: Any  # what training changes beside the params: batch norm's running statistics
     key: jax.Array  # a PRNG key's data: shuffles the next epoch
     order: jax.Array  # shape=[n], int32: this epoch's order of the images
     step: jax.Array  # shape=(), int32: optimizer steps so far
 
 
-def start(params: Any, tx: optax.GradientTransformation, images: int, seed: int) -> Record:
+def start(
+    params: Any,
+    tx: optax.GradientTransformation,
+    images: int,
+    seed: int,
+    model_state: Any = None,
+) -> Record:
     """A record before the first step, its first epoch about to be shuffled."""
     return Record(
         params,
         tx.init(params),
+        {} if model_state is None else model_state,
         jax.random.key_data(jax.random.key(seed)),
         jnp.arange(images, dtype=jnp.int32),
         jnp.zeros((), jnp.int32),
     )
 
 
+def variables(record: Record) -> Any:
+    """What a Linen model's ``apply`` takes: the params, and the running statistics beside them."""
+    return {**record.params, **record.model_state} if record.model_state else record.params
+
+
+def stateless(apply: Callable[..., Any]) -> Forward:
+    """The forward pass of a model that is a function of params and images alone."""
+    return lambda params, model_state, images: (apply(params, images), model_state)
+
+
+def with_batch_stats(apply: Callable[..., Any]) -> Forward:
+    """The forward pass of a Linen model with batch norm, which takes ``train=True``."""
+
+    def forward(params, model_state, images):
+        return apply({**params, **model_state}, images, train=True, mutable=list(model_state))
+
+    return forward
+
+
+def in_bfloat16(forward: Forward) -> Forward:
+    """Computes in bfloat16; params, statistics, gradients and logits stay in float32."""
+
+    def lower(tree):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
+
+    def computed(params, model_state, images):
+        logits, new_state = forward(lower(params), model_state, lower(images))
+        return logits.astype(jnp.float32), new_state
+
+    return computed
+
+
 def trainer(
-    apply: Callable[..., Any],
+    forward: Forward,
     tx: optax.GradientTransformation,
     data: Images,
     batch: int,
     steps: int,
     smoothing: float = 0.0,
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     sharding: NamedSharding | None = None,
+    scan: bool = True,
 ) -> Callable[[Record], Record]:
     """Makes ``train``: a function from a record to the record ``steps`` steps later.
 
     The loss is the cross-entropy with the labels smoothed: 1 - ``smoothing`` for the right class,
-    the rest shared by all. With ``sharding`` each batch is divided over the devices of its mesh,
-    on all of which the record is to be whole.
+    the rest shared by all. ``augment`` changes a batch, given a random key. With ``sharding`` each
+    batch is divided over the devices of its mesh, on all of which the record is to be whole.
+    Without ``scan`` the interval is a Python loop over one jitted step: XLA's CPU backend runs
+    convolutions ten times slower within a scan.
     """
     images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
     if sharding is not None:
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
         images, labels = jax.device_put((images, labels), everywhere)
-    interval = jax.jit(
-        functools.partial(_interval, apply, tx, batch, steps, smoothing, sharding),
-        donate_argnums=0,
-    )
+    one_step = functools.partial(_step, forward, tx, batch, smoothing, augment, sharding)
+
     # The data are arguments: as constants of the program they would be compiled into it.
-    return lambda record: interval(record, images, labels)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def program(record, images, labels):
+        if not scan:
+            return one_step(images, labels, record)
+        return jax.lax.scan(
+            lambda record, _: (one_step(images, labels, record), None), record, length=steps
+        )[0]
+
+    def train(record: Record) -> Record:
+        for _ in range(1 if scan else steps):
+            record = program(record, images, labels)
+        return record
+
+    return train
 
 
-def accuracy(apply: Callable[..., Any], data: Images) -> Callable[[Any], jax.Array]:
-    """Makes ``evaluate``: from params to the share of images classified right."""
-    images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
+def accuracy(
+    apply: Callable[..., Any], data: Images, batch: int | None = None
+) -> Callable[[Any], jax.Array]:
+    """Makes ``evaluate``: from params (or variables) to the share of images classified right.
+
+    With ``batch``, which divides the number of images, so many at a time.
+    """
+    batch = batch or len(data.images)
+    number = len(data.images)
+    if number % batch:
+        raise ValueError(f"accuracy: batch={batch} does not divide the {number} images.")
+    parts = [
+        (jnp.asarray(data.images[i : i + batch]), jnp.asarray(data.labels[i : i + batch]))
+        for i in range(0, number, batch)
+    ]
 
     @jax.jit
-    def share(params, images, labels):
-        return jnp.mean(jnp.argmax(apply(params, images), axis=-1) == labels)
+    def right(params, images, labels):
+        return jnp.sum(jnp.argmax(apply(params, images), axis=-1) == labels)
 
-    return lambda params: share(params, images, labels)
+    def share(params):
+        return sum(right(params, *part) for part in parts) / number
+
+    return share
 
 
-def _interval(apply, tx, batch, steps, smoothing, sharding, record, images, labels):
+def _step(forward, tx, batch, smoothing, augment, sharding, images, labels, record):
     steps_per_epoch = images.shape[0] // batch
 
-    def loss(params, images, labels):
-        logits = apply(params, images)
+    def loss(params, model_state, images, labels):
+        logits, model_state = forward(params, model_state, images)
         wanted = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-        return optax.softmax_cross_entropy(logits, wanted).mean()
+        return optax.softmax_cross_entropy(logits, wanted).mean(), model_state
 
     def shuffle(key, order):
         key, now = jax.random.split(jax.random.wrap_key_data(key))
         return jax.random.key_data(key), jax.random.permutation(now, order)
 
-    def one_step(record, _):
-        position = record.step % steps_per_epoch
-        key, order = jax.lax.cond(
-            position == 0, shuffle, lambda key, order: (key, order), record.key, record.order
-        )
-        rows = jax.lax.dynamic_slice(order, (position * batch,), (batch,))
-        some = images[rows], labels[rows]
-        if sharding is not None:
-            some = jax.lax.with_sharding_constraint(some, sharding)
-        gradients = jax.grad(loss)(record.params, *some)
-        updates, opt_state = tx.update(gradients, record.opt_state, record.params)
-        params = optax.apply_updates(record.params, updates)
-        return Record(params, opt_state, key, order, record.step + 1), None
-
-    return jax.lax.scan(one_step, record, length=steps)[0]
+    position = record.step % steps_per_epoch
+    key, order = jax.lax.cond(
+        position == 0, shuffle, lambda key, order: (key, order), record.key, record.order
+    )
+    rows = jax.lax.dynamic_slice(order, (position * batch,), (batch,))
+    some, right = images[rows], labels[rows]
+    if augment is not None:
+        some = augment(jax.random.fold_in(jax.random.wrap_key_data(key), position + 1), some)
+    if sharding is not None:
+        some, right = jax.lax.with_sharding_constraint((some, right), sharding)
+    gradients, model_state = jax.grad(loss, has_aux=True)(
+        record.params, record.model_state, some, right
+    )
+    updates, opt_state = tx.update(gradients, record.opt_state, record.params)
+    params = optax.apply_updates(record.params, updates)
+    return Record(params, opt_state, model_state, key, order, record.step + 1)

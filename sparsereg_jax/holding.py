@@ -187,9 +187,12 @@ def held_mask(params: PyTree, opt_state: optax.OptState) -> PyTree:
             " `init`: tx = hold_zeros(tx)."
         )
     held = _held(opt_state)
-    return jax.tree_util.tree_map_with_path(
-        lambda kp, keep: held.get(leaf_keys(kp), keep), full_mask(params)
-    )
+
+    def mask_of(kp, leaf):
+        keys = leaf_keys(kp)
+        return held[keys] if keys in held else full_mask(leaf)
+
+    return jax.tree_util.tree_map_with_path(mask_of, params)
 
 
 def unheld(params: PyTree, mask: PyTree, opt_state: optax.OptState) -> list[str]:

@@ -141,6 +141,7 @@ def iterative_pruning(
     back_off: float = 0.5,
     smallest_scale: float = 1 / 16,
     stop_when_worsening: int | None = None,
+    view: Callable[[TrainState], PyTree] | None = None,
 ) -> IterativePruning:
     """Prunes a trained network step by step while a validation metric stays within a bound.
 
@@ -159,8 +160,8 @@ def iterative_pruning(
         NamedTuple or dataclass (``flax.training.train_state.TrainState``) of one's own with at
         least its fields; random keys and the position in the data belong in it too. ``train`` may
         donate its argument.
-      evaluate: from params to a finite scalar, on data held out from training. Called with the same
-        shapes always, so a jitted one compiles once.
+      evaluate: from params (or from what ``view`` gives) to a finite scalar, on data held out from
+        training. Called with the same shapes always, so a jitted one compiles once.
       propose: what to prune next, :func:`fraction_step` or :func:`bisection_step`, or a function of
         one's own from :class:`Situation` to :class:`Proposal`.
       bound: the metric that must be met (equalled, to single precision), or a function of the
@@ -173,6 +174,9 @@ def iterative_pruning(
       back_off: factor on the size of the step at each going back, in (0, 1); it stays so small.
       smallest_scale: stop when the factor falls below it, in (0, 1].
       stop_when_worsening: stop when the metric got worse so many checks in a row; None never does.
+      view: what ``evaluate`` measures, from the record; by default its params. A network with batch
+        norm needs its running statistics too: ``lambda record: {"params": record.params,
+        "batch_stats": record.batch_stats}``.
 
     Returns:
       An :class:`IterativePruning`. ``init(record)`` measures the network and gives the first
@@ -219,6 +223,7 @@ def iterative_pruning(
             raise ValueError(f"iterative_pruning: {name}={count} is below 1; None switches it off.")
 
     worst = -math.inf if mode == "max" else math.inf
+    measure = functools.partial(_measure, "iterative_pruning", evaluate, view)
     prune_jitted = jax.jit(functools.partial(prune, tx))
 
     def propose_from(record, metric, waited, retreats) -> Proposal:
@@ -230,7 +235,7 @@ def iterative_pruning(
                 metric=metric,
                 waited=waited,
                 scale=back_off**retreats,
-                evaluate=evaluate,
+                evaluate=_on_params(evaluate, view, record),
                 mode=mode,
             )
         )
@@ -256,7 +261,7 @@ def iterative_pruning(
                 f"iterative_pruning: mask selects {paths}, where no hold_zeros would hold the"
                 " zeros. Put hold_zeros around the whole optimizer, or leave them out by mask."
             )
-        dense = _measure("iterative_pruning", evaluate, record.params)
+        dense = measure(record)
         lowest = float(bound(dense) if callable(bound) else bound)
         if math.isnan(lowest) or not meets(dense, lowest):
             raise PruningError(
@@ -288,7 +293,7 @@ def iterative_pruning(
         try:
             _check_record("iterative_pruning", record)
             _check_held("iterative_pruning", state.current, record)
-            metric = _measure("iterative_pruning", evaluate, record.params)
+            metric = measure(record)
         except PruningError as error:
             error.state = state
             raise
@@ -426,6 +431,7 @@ def fine_tune(
     *,
     intervals: int,
     opt_state: optax.OptState | None = None,
+    view: Callable[[TrainState], PyTree] | None = None,
 ) -> tuple[TrainState, list[float]]:
     """Trains a pruned network on with another optimizer, its zeros kept.
 
@@ -442,6 +448,7 @@ def fine_tune(
       opt_state: a fresh state of ``tx`` in the form that ``train`` expects, such as the
         ``opt_state`` of a new ``nnx.Optimizer``; None for ``tx.init(params)``. A ``TrainState``
         also carries its transformation: pass ``record.replace(tx=tx)``.
+      view: as in :func:`iterative_pruning`.
 
     Returns:
       The record after the last interval, and the metric before and after each.
@@ -469,11 +476,11 @@ def fine_tune(
     mask = held_mask(record.params, record.opt_state)
     fresh = tx.init(record.params) if opt_state is None else opt_state
     record = _replace(record, *prune(tx, record.params, fresh, mask))
-    metrics = [_measure("fine_tune", evaluate, record.params)]
+    metrics = [_measure("fine_tune", evaluate, view, record)]
     for _ in range(intervals):
         before, record = record, _rebuilt(train(_copy(record)))
         _check_held("fine_tune", before, record)
-        metrics.append(_measure("fine_tune", evaluate, record.params))
+        metrics.append(_measure("fine_tune", evaluate, view, record))
     return record, metrics
 
 
@@ -698,8 +705,19 @@ def _replace(record: TrainState, params: PyTree, opt_state: PyTree) -> TrainStat
     return dataclasses.replace(record, params=params, opt_state=opt_state)
 
 
-def _measure(name: str, evaluate: Metric, params: PyTree) -> float:
-    value = np.asarray(evaluate(params))
+def _on_params(
+    evaluate: Metric, view: Callable[[TrainState], PyTree] | None, record: TrainState
+) -> Metric:
+    """``evaluate`` of the record with other params in it."""
+    if view is None:
+        return evaluate
+    return lambda params: evaluate(view(_replace(record, params, record.opt_state)))
+
+
+def _measure(
+    name: str, evaluate: Metric, view: Callable[[TrainState], PyTree] | None, record: TrainState
+) -> float:
+    value = np.asarray(_on_params(evaluate, view, record)(record.params))
     real = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
     if value.shape != () or not real:
         raise PruningError(

@@ -112,12 +112,13 @@ def test_each_device_works_on_its_part_of_the_batch_and_the_sum_is_the_same():
 
     params = model.init(jax.random.key(0), jnp.asarray(splits.train.images[:1]))
     start = jax.device_get(trainer.start(params, tx, 897, 0))  # a trainer donates its record
-    eight = trainer.trainer(apply, tx, splits.train, 64, 3, sharding=divided)(
+    eight = trainer.trainer(trainer.stateless(apply), tx, splits.train, 64, 3, sharding=divided)(
         jax.device_put(start, everywhere)
     )
     assert seen
     assert all(sharding.is_equivalent_to(divided, 2) for sharding in seen)
-    one = trainer.trainer(model.apply, tx, splits.train, 64, 3)(jax.device_put(start))
+    forward = trainer.stateless(model.apply)
+    one = trainer.trainer(forward, tx, splits.train, 64, 3)(jax.device_put(start))
     for ours, theirs in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 

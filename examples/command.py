@@ -1,0 +1,271 @@
+"""The command line that the image experiments share: runs, their records, and what is shown."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import sparsereg_jax as sj
+
+from . import experiment, figures, sparsify
+from .experiment import Experiment, Settings
+from .methods import METHODS
+
+
+def run_folder(out: Path, settings: Settings, method: str, strength: float, seed: int) -> Path:
+    """A folder for the checkpoints of one run."""
+    run = hashlib.sha256(repr((settings, METHODS[method].title)).encode()).hexdigest()[:8]
+    name = f"{method}-{strength:g}-seed{seed}-{run}"
+    return experiment.folder(out, settings) / name
+
+
+def run(
+    bench: Experiment,
+    method: str,
+    strength: float,
+    seed: int,
+    out: Path,
+    *,
+    resume: bool = False,
+    deadline: float | None = None,
+    progress_bar: bool = True,
+    report: bool = False,
+) -> dict[str, Any]:
+    """One run and its record, ``OUT/NETWORK-DATASET-METHOD-seedN.json``; see :mod:`.sparsify`."""
+    settings = bench.settings
+    folder = run_folder(out, settings, method, strength, seed)
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    done = sparsify.sparsify(
+        bench,
+        METHODS[method],
+        strength,
+        seed,
+        folder=folder,
+        deadline=deadline,
+        progress_bar=progress_bar,
+    )
+    layers = sj.summary(done.params, done.mask)
+    size, kept = sum(layer.size for layer in layers), sum(layer.kept for layer in layers)
+    example = bench.splits.test.images[:1]
+    apply = bench.network.model.apply
+    small = sj.compact(apply, done.variables, example)
+    stem = f"{settings.network}-{settings.dataset}-{method}-seed{seed}"
+    network = out / "networks" / f"{stem}.safetensors"
+    network.parent.mkdir(parents=True, exist_ok=True)
+    sj.save_sparse(network, done.params)
+    record = {
+        "experiment": f"{settings.network}-{settings.dataset}",
+        "data": bench.splits.title,
+        "method": method,
+        "strength": strength,
+        "seed": seed,
+        "settings": settings._asdict(),
+        "sparsity": 1 - kept / size,
+        "parameters": size,
+        "kept": kept,
+        "compression": size / max(1, kept),
+        "validation_accuracy": done.sparse.validation,
+        "dense_validation_accuracy": done.dense.validation,
+        "test_error": error(done.sparse),
+        "dense_test_error": error(done.dense),
+        "compacted": {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(small.params)),
+            "widths": list(sj.new_widths(small.plan).values()),
+        },
+        "file_bytes": network.stat().st_size,
+        "curve": [
+            [round(point.sparsity, 6), point.validation, round(error(point), 3)]
+            for point in done.curve
+        ],
+        "layers": [layer._asdict() for layer in layers],
+        "checks": len(done.history),
+        "seconds": done.seconds,
+        **hardware(),
+    }
+    path = out / f"{stem}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    title = (
+        f"{settings.network}, {bench.splits.title}, {METHODS[method].title}, seed {seed}:"
+        f" {record['sparsity']:.2%} sparse,"
+        f" test error {record['test_error']:.2f} % ({record['dense_test_error']:.2f} % dense)"
+    )
+    figures.report(
+        title, done.history, settings.bound, done.dense_params, done.params, done.mask, example[0]
+    ).savefig(out / "networks" / f"{stem}.png")
+    if report:
+        sj.write_report(
+            out / f"report-{stem}",
+            done.params,
+            done.mask,
+            title=title,
+            dense=done.dense_params,
+            fn=apply,
+            inputs=(example,),
+            history=done.history,
+            bound=settings.bound,
+            compacted=small,
+        )
+    return record
+
+
+def error(point: sparsify.Point) -> float:
+    """Test error in per cent."""
+    return 100 * (1 - (point.test or 0.0))
+
+
+def hardware() -> dict[str, Any]:
+    """Where and with what a record was made."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("jax", "optax", "flax", "numpy")
+        },
+    }
+
+
+def show(console: Console, record: dict[str, Any]) -> None:
+    """Prints one run: layer by layer, then the whole."""
+    table = Table(title=f"{record['experiment']}, {record['method']}, seed {record['seed']}")
+    for column in ("layer", "shape", "kept", "sparsity"):
+        table.add_column(column, justify="left" if column in ("layer", "shape") else "right")
+    for layer in record["layers"]:
+        shape = str(tuple(layer["shape"]))
+        table.add_row(layer["path"], shape, f"{layer['kept']:,}", f"{layer['sparsity']:.2%}")
+    table.add_section()
+    table.add_row(
+        "all", f"{record['parameters']:,}", f"{record['kept']:,}", f"{record['sparsity']:.2%}"
+    )
+    console.print(table)
+    console.print(
+        f"test error: dense {record['dense_test_error']:.2f} %, sparse {record['test_error']:.2f} %"
+        f"   compression: {record['compression']:.0f}x   time: {record['seconds']:.0f} s"
+    )
+    small = record["compacted"]
+    console.print(
+        f"compacted: {small['parameters']:,} of {record['parameters']:,} parameters"
+        f" (widths {' - '.join(map(str, small['widths']))})\n"
+        f"file: {record['file_bytes'] / 1e3:.1f} kB,"
+        f" dense {4 * record['parameters'] / 1e3:.0f} kB\n"
+    )
+
+
+def summarize(console: Console, records: list[dict[str, Any]]) -> None:
+    """Prints the mean over seeds of each method."""
+    table = Table(title=f"{records[0]['experiment']}, mean over seeds")
+    columns = ("method", "seeds", "sparsity", "test error", "dense test error", "seconds")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for method in dict.fromkeys(record["method"] for record in records):
+        runs = [record for record in records if record["method"] == method]
+        sparsity, test_error, dense_error, seconds = (
+            float(np.mean([run[key] for run in runs]))
+            for key in ("sparsity", "test_error", "dense_test_error", "seconds")
+        )
+        table.add_row(
+            method,
+            str(len(runs)),
+            f"{sparsity:.2%}",
+            f"{test_error:.2f} %",
+            f"{dense_error:.2f} %",
+            f"{seconds:.0f}",
+        )
+    console.print(table)
+
+
+def main(
+    network: str, dataset: str, description: str, arguments: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """The command line of one network.
+
+    Args:
+      network: as in :class:`examples.experiment.Settings`.
+      dataset: the one that is taken without a flag.
+      description: the script's docstring.
+      arguments: instead of the process's.
+
+    Returns:
+      The records.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset",
+        default=dataset,
+        help="digits, or a tensorflow-datasets name of images with labels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data-dir", help="where tensorflow-datasets keeps its data, or a file of examples.pack"
+    )
+    parser.add_argument("--method", nargs="+", default=["default"], choices=METHODS)
+    parser.add_argument("--strength", type=float, help="the method's own number")
+    parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--minutes", type=float, help="stop with a checkpoint after so many")
+    parser.add_argument(
+        "--report", action="store_true", help="write a page on each network into OUT/report-*"
+    )
+    for name, kind in Settings.__annotations__.items():
+        if name not in ("network", "dataset"):
+            parser.add_argument(
+                f"--{name.replace('_', '-')}",
+                **(
+                    {"action": "store_true", "default": None}
+                    if kind is bool
+                    else {"type": int if name == "train_images" else kind}
+                ),
+                help="in place of the experiment's",
+            )
+    options = parser.parse_args(arguments)
+    settings = experiment.settings(network, options.dataset)
+    changes = {name: getattr(options, name) for name in settings._fields if name in options}
+    changes.pop("dataset")
+    settings = settings._replace(**{k: v for k, v in changes.items() if v is not None})
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+
+    console = Console()
+    bench = experiment.load(settings, options.data_dir)
+    records = []
+    try:
+        for method in options.method:
+            strength = METHODS[method].strength if options.strength is None else options.strength
+            for seed in options.seed:
+                records.append(
+                    run(
+                        bench,
+                        method,
+                        strength,
+                        seed,
+                        options.out,
+                        resume=options.resume,
+                        deadline=deadline,
+                        report=options.report,
+                    )
+                )
+                show(console, records[-1])
+    except sparsify.OutOfTime:
+        console.print("The time is up: the same command with --resume goes on.")
+    if len(records) > 1:
+        summarize(console, records)
+    console.print(
+        f"Records are in {options.out}/, networks and pictures in {options.out}/networks/."
+    )
+    return records

@@ -1,0 +1,195 @@
+"""An experiment: a data set, a network, and what all its methods share."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import augment, batch_last, checkpoints, data, models, trainer
+
+
+class Settings(NamedTuple):
+    """What all methods of an experiment share."""
+
+    network: str  # "lenet300", "lenet5" or "resnet32"
+    dataset: str  # "digits", or a tensorflow-datasets name
+    bound: float  # of the accuracy on the validation images
+    dense_epochs: int
+    epochs: int  # in all: dense, loop and tuning
+    interval: int = 250  # steps between two checks
+    fraction: float = 0.04  # of what is left, pruned at a check that meets the bound
+    batch: int = 100
+    learning_rate: float = 1e-3
+    bfloat16: bool = False
+    train_images: int | None = None  # None: all that are not held out
+
+
+EXPERIMENTS = {
+    "lenet300-digits": Settings(
+        "lenet300", "digits", bound=0.97, dense_epochs=40, epochs=400, interval=55, fraction=0.1
+    ),
+    "lenet300-mnist": Settings("lenet300", "mnist", bound=0.979, dense_epochs=20, epochs=200),
+    "lenet5-mnist": Settings(
+        "lenet5", "mnist", bound=0.99, dense_epochs=8, epochs=50, fraction=0.08
+    ),
+    "lenet5-fashion_mnist": Settings(
+        "lenet5", "fashion_mnist", bound=0.905, dense_epochs=8, epochs=50, fraction=0.1
+    ),
+    "resnet32-cifar10": Settings(
+        "resnet32",
+        "cifar10",
+        bound=0.88,
+        dense_epochs=80,
+        epochs=160,
+        interval=390,
+        fraction=0.1,
+        batch=128,
+    ),
+}
+
+
+class Network(NamedTuple):
+    """A model in the forms that the trainer asks for."""
+
+    model: Any  # the Linen module
+    forward: trainer.Forward
+    scan: bool  # whether an interval of training is one scan
+    augment: Callable[..., Any] | None
+
+
+class Experiment(NamedTuple):
+    """The data on the device and the network: what its runs share."""
+
+    settings: Settings
+    splits: data.Splits
+    network: Network
+    epoch: int  # steps
+    validation: Callable[[Any], Any]  # accuracy of params, or of variables
+    test: Callable[[Any], Any]
+
+    def trainer(
+        self, tx: optax.GradientTransformation, steps: int, smoothing: float = 0.0
+    ) -> Callable[[trainer.Record], trainer.Record]:
+        """A function from a record to the record so many steps later."""
+        return trainer.trainer(
+            self.network.forward,
+            tx,
+            self.splits.train,
+            self.settings.batch,
+            steps,
+            smoothing,
+            self.network.augment,
+            scan=self.network.scan,
+        )
+
+
+class Dense(NamedTuple):
+    """A network before it is sparse; the records have no optimizer state."""
+
+    initial: trainer.Record
+    early: trainer.Record  # after the first epoch
+    trained: trainer.Record
+
+
+def load(settings: Settings, data_dir: str | Path | None = None) -> Experiment:
+    """Reads the data and makes the network, in the form that is fastest on this device."""
+    splits = data.load(settings.dataset, data_dir)
+    if settings.train_images is not None:
+        few = data.Images(*(part[: settings.train_images] for part in splits.train))
+        splits = splits._replace(train=few)
+    network = _network(settings, splits.classes)
+    return Experiment(
+        settings,
+        splits,
+        network,
+        len(splits.train.images) // settings.batch,
+        trainer.accuracy(network.model.apply, splits.validation, _part(splits.validation)),
+        trainer.accuracy(network.model.apply, splits.test, _part(splits.test)),
+    )
+
+
+def settings(network: str, dataset: str) -> Settings:
+    """The settings of an experiment; for another data set, those of the network's first one."""
+    name = f"{network}-{dataset}"
+    if name in EXPERIMENTS:
+        return EXPERIMENTS[name]
+    usual = {"lenet300": "mnist", "lenet5": "mnist", "resnet32": "cifar10"}[network]
+    return EXPERIMENTS[f"{network}-{usual}"]._replace(dataset=dataset)
+
+
+def folder(out: Path, settings: Settings) -> Path:
+    """The folder for checkpoints of all runs that start from the same dense networks."""
+    dense = settings._replace(bound=0.0, epochs=0, interval=0, fraction=0.0)
+    digest = hashlib.sha256(repr(dense).encode()).hexdigest()[:8]
+    return out / "checkpoints" / f"{settings.network}-{settings.dataset}-{digest}"
+
+
+def dense(
+    experiment: Experiment,
+    seed: int,
+    folder: Path | None = None,
+    on_epoch: Callable[[int], None] = lambda epoch: None,
+) -> Dense:
+    """Trains the dense network of a seed: Adam, its learning rate falling as a cosine.
+
+    Args:
+      experiment: the data and the network.
+      seed: of the initial weights and of the order of the images.
+      folder: for checkpoints; a training that was cut off, or one that is done, is taken up there.
+      on_epoch: called after each epoch with its number.
+
+    Returns:
+      The network at three times.
+    """
+    settings, images = experiment.settings, experiment.splits.train.images
+    variables = experiment.network.model.init(jax.random.key(seed), jnp.asarray(images[:1]))
+    params = {"params": variables["params"]}
+    model_state = {name: tree for name, tree in variables.items() if name != "params"}
+    epochs = settings.dense_epochs
+    tx = optax.adam(
+        optax.cosine_decay_schedule(settings.learning_rate, max(1, epochs * experiment.epoch))
+    )
+    initial = trainer.start(params, tx, len(images), seed, model_state)
+    done, record, early = 0, initial, initial
+    if folder is not None and (found := checkpoints.restore(folder, (record, early))):
+        done, (record, early), _ = found
+    train = experiment.trainer(tx, experiment.epoch)
+    for epoch in range(done + 1, epochs + 1):
+        record = train(jax.tree.map(jnp.copy, record))
+        early = record if epoch == 1 else early
+        if folder is not None and (epoch % 5 == 0 or epoch == epochs):
+            checkpoints.save(folder, epoch, (record, early))
+        on_epoch(epoch)
+    return Dense(*(each._replace(opt_state=()) for each in (initial, early, record)))
+
+
+def _network(settings: Settings, classes: int) -> Network:
+    cpu = jax.default_backend() == "cpu"
+    model: Any
+    if settings.network == "lenet300":
+        model = models.LeNet300(classes)
+        network = Network(model, trainer.stateless(model.apply), True, None)
+    elif settings.network == "lenet5":
+        model = models.LeNet5(classes)
+        apply = batch_last.lenet5 if cpu else model.apply
+        network = Network(model, trainer.stateless(apply), True, None)
+    elif settings.network == "resnet32":
+        model = models.ResNet32(classes)
+        forward = trainer.with_batch_stats(model.apply)
+        network = Network(model, forward, not cpu, augment.crop_and_flip)
+    else:
+        raise ValueError(
+            f"network: {settings.network!r} is none of 'lenet300', 'lenet5', 'resnet32'."
+        )
+    if settings.bfloat16:
+        network = network._replace(forward=trainer.in_bfloat16(network.forward))
+    return network
+
+
+def _part(images: data.Images) -> int:
+    """So many images are classified at once: all temporaries of 10,000 would not fit a cache."""
+    return 500 if len(images.images) % 500 == 0 else len(images.images)

@@ -1,0 +1,22 @@
+r"""LeNet-5 (431,080 parameters) goes sparse on MNIST or Fashion-MNIST.
+
+    python -m examples.lenet5 --data-dir DIR --method default paper l2 none --seed 0 1 2
+    python -m examples.lenet5 --dataset fashion_mnist --data-dir DIR \
+        --method default paper l2 none --seed 0 1 2
+
+The paper's loop is run with 8 % (Fashion-MNIST: 10 %) of what is left at each pruning, not 4 %: in
+50 epochs there are only 92 checks. The authors' budget: --epochs 128 --fraction 0.04.
+"""
+
+import sys
+
+from . import command
+
+
+def main(arguments=None):
+    """The command line."""
+    return command.main("lenet5", "mnist", __doc__, arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,244 @@
+"""The paper's method, the library's default and their competitors: rows over one loop.
+
+A method is an optimizer, what to prune at a check, and a few switches of the loop that
+:mod:`examples.experiment` runs for all of them, so that a table compares these rows and nothing
+else. Each has one number of its own, its ``strength``, for which the search tries ``strengths``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sparsereg_jax as sj
+
+Propose = Callable[[sj.Situation], sj.Proposal]
+
+
+class Method(NamedTuple):
+    """A row of the table."""
+
+    title: str
+    strength: float  # chosen from the next on validation images, by examples.search
+    strengths: Sequence[float]  # what the search tries
+    # (learning rate, strength, steps an epoch) -> an optimizer
+    optimizer: Callable[[optax.ScalarOrSchedule, float, int], optax.GradientTransformation]
+    # (strength, fraction of the experiment, checks in the budget) -> what to prune at a check
+    propose: Callable[[float, float, int], Propose] = lambda s, usual, n: sj.fraction_step(
+        usual, floor=0
+    )
+    # Whether the bound on the validation metric steers; otherwise the strength is a sparsity.
+    bounded: bool = True
+    recovery: int | None = None  # checks below the bound before going back; None never goes back
+    smoothing: float = 0.0  # of the labels in the loop
+    tune: float = 0.0  # share of the budget for fine-tuning, the learning rate falling
+    tuner: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation] = optax.adam
+    cosine: bool = False  # whether the learning rate falls to 0 within the loop (or the round)
+    rewind: bool = False  # back to the early weights after each pruning, and a round of training
+    at_start: Callable[..., Any] | None = None  # (gradients, params, strength) -> a first mask
+
+
+def penalty(irrelevance: sj.Irrelevance, alpha: float = 1.0):
+    """Adam with a coupled term; the strength is the paper's gamma, decaying after each pruning."""
+
+    def optimizer(learning_rate, gamma, steps_per_epoch):
+        return sj.selective_adam(
+            learning_rate,
+            strength=sj.paper_strength(gamma, steps_per_epoch),
+            irrelevance=irrelevance,
+            alpha=alpha,
+        )
+
+    return optimizer
+
+
+def absolute_value(gradient, weight, scale):
+    """Turns the term s w I into the subgradient of s |w|: I = 1 / |w|, and 0 at 0."""
+    del gradient, scale
+    magnitude = jnp.abs(weight)
+    return jnp.where(magnitude > 0, 1 / jnp.where(magnitude > 0, magnitude, 1), 0)
+
+
+def proximal_l1(learning_rate, strength, steps_per_epoch):
+    """Adam, then soft thresholding: the proximal step of ``learning_rate * strength * |w|``."""
+    del steps_per_epoch
+
+    def shrink(update, weight):
+        moved = weight + update
+        nearer = jnp.maximum(jnp.abs(moved) - learning_rate * strength, 0)
+        return jnp.sign(moved) * nearer - weight
+
+    step = optax.stateless(lambda updates, params: jax.tree.map(shrink, updates, params))
+    return optax.chain(optax.adam(learning_rate), step)
+
+
+def no_regularizer(learning_rate, strength, steps_per_epoch):
+    """Plain Adam."""
+    del strength, steps_per_epoch
+    return optax.adam(learning_rate)
+
+
+def fraction(share: float, floor: int = 0):
+    """The paper's step with a share of one's own."""
+    return lambda strength, usual, checks: sj.fraction_step(share, floor=floor)
+
+
+def to_sparsity(target: Callable[[float], float]) -> Propose:
+    """Prunes to the sparsity that ``target`` gives for the present one, whatever the metric."""
+
+    def propose(situation: sj.Situation) -> sj.Proposal:
+        wanted = target(float(sj.sparsity(situation.pruning_mask)))
+        return sj.Proposal(
+            sj.mask_by_sparsity(
+                situation.params,
+                wanted,
+                pruning_mask=situation.pruning_mask,
+                mask=situation.prunable,
+                floor=0,
+            )
+        )
+
+    return propose
+
+
+def once(sparsity, usual, checks):
+    """All at the first check."""
+    del usual, checks
+    return _until(sparsity, to_sparsity(lambda _: sparsity))
+
+
+def cubic(sparsity, usual, checks):
+    """Zhu and Gupta 2017: s_t = s (1 - (1 - t/n)^3), a step a check over 7/10 of the budget."""
+    del usual
+    steps = max(1, round(0.7 * checks))
+
+    def following(now):
+        done = steps * (1 - max(0.0, 1 - now / sparsity) ** (1 / 3))  # the schedule, inverted
+        left = max(0.0, 1 - (round(done) + 1) / steps)
+        return sparsity * (1 - left**3)
+
+    return _until(sparsity, to_sparsity(following))
+
+
+def rounds(sparsity, usual, checks):
+    """The same share of what is left in each round but the last, which trains."""
+    del usual
+    share = 1 - (1 - sparsity) ** (1 / max(1, checks - 1))
+    return _until(sparsity, to_sparsity(lambda now: 1 - (1 - now) * (1 - share)))
+
+
+def never(sparsity, usual, checks):
+    """Nothing: all was pruned at the start."""
+    del sparsity, usual, checks
+    return lambda situation: sj.Proposal(None)
+
+
+def _until(sparsity: float, propose: Propose) -> Propose:
+    def stopping(situation: sj.Situation) -> sj.Proposal:
+        reached = float(sj.sparsity(situation.pruning_mask)) > sparsity - 1e-4
+        return sj.Proposal(None) if reached else propose(situation)
+
+    return stopping
+
+
+def snip(gradients, params, sparsity):
+    """Lee et al. 2019: of the untrained network, keeps what has the largest |g w|."""
+    saliency = jax.tree.map(jnp.multiply, gradients, params)
+    return sj.mask_by_sparsity(saliency, sparsity, mask=sj.every_parameter, floor=0)
+
+
+def little_l2(learning_rate):
+    """For tuning: Adam with a little constant L2."""
+    return sj.selective_adam(learning_rate, strength=5e-4, irrelevance=sj.constant_irrelevance)
+
+
+GAMMAS = (3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
+SPARSITIES = (0.9, 0.93, 0.95, 0.965, 0.975, 0.985)
+
+METHODS = {
+    "default": Method(
+        "the library's default",
+        1e-3,
+        GAMMAS,
+        penalty(sj.constant_irrelevance),
+        recovery=40,
+        smoothing=0.2,
+        tune=0.1,
+        tuner=little_l2,
+    ),
+    "paper": Method(
+        "selective shrinkage, the paper's preset",
+        1e-3,
+        GAMMAS,
+        penalty(sj.exponential_irrelevance),
+    ),
+    "l2": Method(
+        "the same with I ≡ 1 (L2, coupled)", 1e-3, GAMMAS, penalty(sj.constant_irrelevance)
+    ),
+    "none": Method(
+        "no regularizer; its strength: the fraction pruned",
+        0.04,
+        (0.01, 0.02, 0.03, 0.04, 0.06, 0.08),
+        no_regularizer,
+        propose=lambda share, usual, n: sj.fraction_step(share, floor=0),
+    ),
+    "weight-decay": Method(
+        "I ≡ 1, decoupled (AdamW)",
+        0.1,
+        (0.01, 0.03, 0.1, 0.2, 0.4, 0.8),
+        lambda lr, strength, n: optax.adamw(lr, weight_decay=strength),
+    ),
+    "l1": Method(
+        "L1, subgradient", 3e-5, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4), penalty(absolute_value)
+    ),
+    "l1-proximal": Method(
+        "L1, proximal step", 0.01, (3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 4e-2), proximal_l1
+    ),
+    "lobster": Method(
+        "LOBSTER: decoupled, linear irrelevance, bisection at plateaus",
+        1e-4,
+        (3e-6, 1e-5, 3e-5, 1e-4, 2e-4, 4e-4),
+        lambda lr, rate, n: sj.shrink_selectively(optax.adam(lr), rate, sj.linear_irrelevance),
+        propose=lambda s, usual, n: sj.bisection_step(0.002, patience=2, floor=0),
+    ),
+    "one-shot": Method(
+        "one-shot magnitude, fine-tuned",
+        0.95,
+        SPARSITIES,
+        no_regularizer,
+        propose=once,
+        bounded=False,
+        cosine=True,
+    ),
+    "gradual": Method(
+        "gradual magnitude pruning, cubic",
+        0.975,
+        (0.95, 0.965, 0.975, 0.98, 0.985, 0.99),
+        no_regularizer,
+        propose=cubic,
+        bounded=False,
+        cosine=True,
+    ),
+    "lottery": Method(
+        "lottery ticket, rewound to the end of epoch 1",
+        0.95,
+        SPARSITIES,
+        no_regularizer,
+        propose=rounds,
+        bounded=False,
+        cosine=True,
+        rewind=True,
+    ),
+    "snip": Method(
+        "SNIP, at initialization",
+        0.95,
+        SPARSITIES,
+        no_regularizer,
+        propose=never,
+        bounded=False,
+        cosine=True,
+        at_start=snip,
+    ),
+}

@@ -1,0 +1,110 @@
+r"""Each method's own strength, chosen on validation images at a third of the budget.
+
+    python -m examples.search lenet300-mnist --data-dir DIR                 # all methods
+    python -m examples.search lenet300-mnist --data-dir DIR --method l1     # one
+
+Seed 0, six strengths a method. A line a run goes to results/search-EXPERIMENT.jsonl; what is there
+is not run again. The test images are never looked at. On one core of two, LeNet-300-100: half a
+minute a run.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from . import experiment
+from .experiment import EXPERIMENTS, Experiment
+from .methods import METHODS, Method
+from .sparsify import sparsify
+
+
+def chosen(lines: list[dict[str, Any]], bound: float) -> float:
+    """The strength to go on with: the sparsest that meets the bound, or the most accurate.
+
+    Args:
+      lines: the runs of one method.
+      bound: the experiment's, which the network at the end must meet.
+
+    Returns:
+      Its strength.
+    """
+    met = [line for line in lines if line["validation"] >= bound]
+    best = (
+        max(met, key=lambda line: line["sparsity"])
+        if met
+        else max(lines, key=lambda line: line["validation"])
+    )
+    return best["strength"]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines written so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def explore(
+    bench: Experiment,
+    methods: Mapping[str, Method],
+    runs: list[tuple[str, float, int]],
+    path: Path,
+) -> None:
+    """Runs what is not in the file yet, never with a look at the test images.
+
+    Args:
+      bench: the experiment.
+      methods: by name.
+      runs: (method, strength, seed).
+      path: a line of JSON a run is added to it; the dense networks are kept beside it.
+    """
+    done = {(line["method"], line["strength"], line["seed"]) for line in read(path)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, strength, seed in (bar := tqdm(runs, unit="run")):
+        if (name, strength, seed) in done:
+            continue
+        bar.set_postfix_str(f"{name} {strength:g} seed {seed}")
+        kept = experiment.folder(path.parent, bench.settings)
+        folder = kept / f"{path.stem}-{name}-{strength:g}-seed{seed}"
+        out = sparsify(bench, methods[name], strength, seed, test=False, folder=folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        line = {
+            "method": name,
+            "strength": strength,
+            "seed": seed,
+            "epochs": bench.settings.epochs,
+            "sparsity": out.sparse.sparsity,
+            "validation": out.sparse.validation,
+            "dense_validation": out.dense.validation,
+            "curve": [[round(p.sparsity, 5), round(p.validation, 4)] for p in out.curve],
+            "checks": len(out.history),
+            "seconds": round(out.seconds, 1),
+        }
+        with path.open("a") as file:
+            print(json.dumps(line), file=file)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its data")
+    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    options = parser.parse_args(arguments)
+    settings = EXPERIMENTS[options.experiment]
+    settings = settings._replace(epochs=settings.dense_epochs + settings.epochs // 3)
+    runs = [(name, strength, 0) for name in options.method for strength in METHODS[name].strengths]
+    explore(
+        experiment.load(settings, options.data_dir),
+        METHODS,
+        runs,
+        options.out / f"search-{options.experiment}.jsonl",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+r"""The records of the image experiments as tables and figures.
+
+    python -m examples.tables    # tables to the screen, as in the README; figures to results/
+
+Means over seeds with 95 % intervals (Student's t); the comparison of the gate with I = 1 is paired
+by seed. Reads results/NETWORK-DATASET-METHOD-seedN.json.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from . import figures
+from .experiment import EXPERIMENTS
+from .methods import METHODS
+
+Records = dict[str, list[dict[str, Any]]]  # by method, a record a seed
+
+
+def read(folder: Path, experiment: str) -> Records:
+    """The records of an experiment, methods in the order of their table, seeds in order."""
+    found: Records = {}
+    for method in METHODS:
+        paths = sorted(folder.glob(f"{experiment}-{method}-seed*.json"))
+        if paths:
+            records = [json.loads(path.read_text()) for path in paths]
+            found[method] = sorted(records, key=lambda record: record["seed"])
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval; NaN for one value."""
+    mean, number = float(np.mean(values)), len(values)
+    if number < 2:
+        return mean, float("nan")
+    quantile = stats.t.ppf(0.975, number - 1)
+    return mean, float(quantile * np.std(values, ddof=1) / np.sqrt(number))
+
+
+def at_sparsity(record: dict[str, Any], sparsity: float) -> float:
+    """Test error on a run's curve, linear between points in log(share kept); NaN outside it."""
+    curve = sorted({point[0]: point[2] for point in record["curve"] if point[0] < 1}.items())
+    shares = [share for share, _ in curve]
+    if not shares or not shares[0] <= sparsity <= shares[-1]:
+        return float("nan")
+    kept = [-np.log(1 - share) for share in shares]
+    return float(np.interp(-np.log(1 - sparsity), kept, [wrong for _, wrong in curve]))
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Mean difference ours - theirs, half its 95 % interval, and the p value of a paired t test."""
+    differences = np.subtract(ours, theirs)
+    mean, half = interval(list(differences))
+    same = bool(np.all(differences == differences[0]))
+    p = float("nan") if len(differences) < 2 or same else stats.ttest_rel(ours, theirs).pvalue
+    return mean, half, float(p)
+
+
+def table(records: Records) -> str:
+    """A row a method, in Markdown."""
+    lines = [
+        "| method | strength | seeds | sparsity, % | test error, % | dense, % | compacted |   s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for method, runs in records.items():
+        sparsity = _pm([100 * run["sparsity"] for run in runs])
+        wrong = _pm([run["test_error"] for run in runs])
+        dense = np.mean([run["dense_test_error"] for run in runs])
+        small = np.mean([run["compacted"]["parameters"] for run in runs])
+        seconds = np.mean([run["seconds"] for run in runs])
+        lines.append(
+            f"| {METHODS[method].title} | {runs[0]['strength']:g} | {len(runs)} | {sparsity} |"
+            f" {wrong} | {dense:.2f} | {small:,.0f} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def comparison(records: Records, levels: Sequence[float]) -> str:
+    """The gate against I = 1, in the paper's loop, paired by seed."""
+    if not {"paper", "l2"} <= records.keys():
+        return "The gate and I ≡ 1 have not both been run."
+    seeds = sorted(
+        {run["seed"] for run in records["paper"]} & {run["seed"] for run in records["l2"]}
+    )
+    gate, flat = (
+        [run for run in records[method] if run["seed"] in seeds] for method in ("paper", "l2")
+    )
+    lines = [
+        f"Gate minus I ≡ 1, paired over {len(seeds)} seeds: mean, 95 % interval, p",
+        "",
+        "| | difference | p |",
+        "|---|---:|---:|",
+    ]
+
+    def row(name, ours, theirs):
+        mean, half, p = paired(ours, theirs)
+        lines.append(f"| {name} | {mean:+.2f} ± {half:.2f} | {p:.2f} |")
+
+    row(
+        "at the same bound on validation accuracy: sparsity, points",
+        [100 * run["sparsity"] for run in gate],
+        [100 * run["sparsity"] for run in flat],
+    )
+    for level in levels:
+        pairs = [
+            (at_sparsity(a, level), at_sparsity(b, level)) for a, b in zip(gate, flat, strict=True)
+        ]
+        pairs = [pair for pair in pairs if np.isfinite(pair).all()]
+        if len(pairs) > 1:
+            name = f"at {100 * level:g} % sparsity ({len(pairs)} pairs): test error, points"
+            row(name, *zip(*pairs, strict=True))
+    return "\n".join(lines)
+
+
+def _pm(values: Sequence[float]) -> str:
+    mean, half = interval(values)
+    return f"{mean:.2f}" + (f" ± {half:.2f}" if np.isfinite(half) else "")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    options = parser.parse_args(arguments)
+    for experiment in EXPERIMENTS:
+        records = read(options.results, experiment)
+        if not records:
+            continue
+        first = next(iter(records.values()))[0]
+        print(f"\n## {first['settings']['network']}, {first['data']}\n")
+        print(table(records), end="\n\n")
+        print(comparison(records, (0.95, 0.97, 0.98, 0.99, 0.995)))
+        figure = figures.comparison(experiment, first, records)
+        figure.savefig(options.results / f"{experiment}.png")
+
+
+if __name__ == "__main__":
+    main()
