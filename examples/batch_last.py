@@ -29,8 +29,8 @@ def lenet5(params: Any, images: jax.Array) -> jax.Array:
         x = _max_pool(_convolve(x, layers[name]["kernel"]))
         x = jax.nn.relu(x + layers[name]["bias"][:, None, None, None])
     x = x.transpose(3, 1, 2, 0).reshape(images.shape[0], -1)
-    x = jax.nn.relu(x @ layers["Dense_0"]["kernel"] + layers["Dense_0"]["bias"])
-    return x @ layers["Dense_1"]["kernel"] + layers["Dense_1"]["bias"]
+    x = jax.nn.relu(x @ layers["Dense_0"]["kernel"] + layers["Dense_0"]["bias"][None])
+    return x @ layers["Dense_1"]["kernel"] + layers["Dense_1"]["bias"][None]
 
 
 def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -230,7 +230,7 @@ def main(
                 **(
                     {"action": "store_true", "default": None}
                     if kind is bool
-                    else {"type": int if name == "train_images" else kind}
+                    else {"type": kind if kind in (int, float) else int}
                 ),
                 help="in place of the experiment's",
             )

@@ -8,6 +8,7 @@ The image files go over as they are (PNG or JPEG), one after the other: 51 MB fo
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def pack(name: str, data_dir: str | Path | None, path: Path) -> None:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(name, data_dir=data_dir)
-    arrays = {"title": np.array(table_name(builder))}
+    arrays: dict[str, Any] = {"title": np.array(table_name(builder))}
     for split in ("train", "test"):
         source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
         rows = source.__getitems__(range(len(source)))

@@ -10,6 +10,7 @@ minute a run.
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,17 +24,19 @@ from .methods import METHODS, Method
 from .sparsify import sparsify
 
 
-def chosen(lines: list[dict[str, Any]], bound: float) -> float:
+def chosen(lines: list[dict[str, Any]], bound: float, validation: int) -> float:
     """The strength to go on with: the sparsest that meets the bound, or the most accurate.
 
     Args:
       lines: the runs of one method.
-      bound: the experiment's, which the network at the end must meet.
+      bound: the experiment's, which the network at the end must meet within one standard error.
+      validation: images that the accuracy was measured on.
 
     Returns:
       Its strength.
     """
-    met = [line for line in lines if line["validation"] >= bound]
+    lowest = bound - math.sqrt(bound * (1 - bound) / validation)
+    met = [line for line in lines if line["validation"] >= lowest]
     best = (
         max(met, key=lambda line: line["sparsity"])
         if met

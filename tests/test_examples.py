@@ -12,39 +12,59 @@ import pytest
 from PIL import Image
 
 import sparsereg_jax as sj
-from examples import data, figures, lenet300, models
+from examples import (
+    data,
+    experiment,
+    figures,
+    lenet5,
+    lenet300,
+    models,
+    pack,
+    resnet32,
+    search,
+    tables,
+)
+from examples.methods import METHODS
 
-FEW = ["--dense-epochs", "1", "--interval", "5", "--checks", "3", "--tune-epochs", "1"]
+FEW = ["--dense-epochs", "1", "--interval", "5", "--bound", "0.02"]
 
 
-def run(tmp_path, *arguments):
-    return lenet300.main([*FEW, "--bound", "0.02", "--out", str(tmp_path), *arguments])
+def run(tmp_path, *arguments, epochs="3"):
+    return lenet300.main([*FEW, "--epochs", epochs, "--out", str(tmp_path), *arguments])
 
 
 def test_lenet_on_digits(tmp_path, capsys):
     (result,) = run(tmp_path)
-    # 64-300-100-10, and twice round(10 %) of what is left before the third check.
+    # 64-300-100-10, and round(10 %) of what is left at each check before the last.
     assert result["parameters"] == 64 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10
-    left = result["parameters"]
-    for _ in range(2):
+    left, shares = result["parameters"], []
+    for _ in range(result["checks"] - 1):
+        shares.append(1 - left / result["parameters"])
         left -= round(0.1 * left)
+    shares.append(1 - left / result["parameters"])
+    assert result["checks"] == int((3 * 0.9 - 1) * 8) // 5  # 8 steps an epoch
     assert result["kept"] == left == sum(layer["kept"] for layer in result["layers"])
     assert result["sparsity"] == 1 - left / result["parameters"]
     assert result["settings"]["bound"] == 0.02
+    assert result["strength"] == METHODS["default"].strength
+    np.testing.assert_allclose([point[0] for point in result["curve"]], shares, atol=1e-6)
 
     small = result["compacted"]
-    assert small["test_error"] == pytest.approx(result["test_error"], abs=0.7)  # 2 of 299 images
-    pixels, first, second = small["pixels"], *small["widths"][:2]
-    assert small["parameters"] == (pixels + 1) * first + (first + 1) * second + (second + 1) * 10
+    first, second = small["widths"][:2]
+    assert 0 < first <= 300
+    assert 0 < second <= 100
 
-    stem = tmp_path / "lenet300-digits-selective-seed0"
-    sparse, _ = sj.load_sparse(stem.with_suffix(".safetensors"))
+    stem = "lenet300-digits-default-seed0"
+    network = tmp_path / "networks" / f"{stem}.safetensors"
+    sparse, _ = sj.load_sparse(network)
     assert sum(np.count_nonzero(leaf) for leaf in jax.tree.leaves(sparse)) == left
-    assert result["file_bytes"] == stem.with_suffix(".safetensors").stat().st_size
-    assert json.loads(stem.with_suffix(".json").read_text()) == json.loads(json.dumps(result))
-    lines = stem.with_suffix(".jsonl").read_text().splitlines()
-    assert [sj.check_from_json(line).check for line in lines] == [1, 2, 3]
-    picture = np.asarray(Image.open(stem.with_suffix(".png")).convert("L"))
+    assert result["file_bytes"] == network.stat().st_size
+    assert json.loads((tmp_path / f"{stem}.json").read_text()) == json.loads(json.dumps(result))
+    splits = data.load("digits")
+    logits = models.LeNet300().apply(sparse, splits.test.images)
+    wrong = np.mean(np.argmax(np.asarray(logits), 1) != splits.test.labels)
+    assert result["test_error"] == pytest.approx(100 * wrong, abs=1e-3)
+    picture = np.asarray(Image.open(network.with_suffix(".png")).convert("L"))
     assert picture.shape[1] > 1000
     assert picture.std() > 10
     shown = capsys.readouterr().out
@@ -55,16 +75,125 @@ def test_lenet_on_digits(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_same_seed_same_numbers_and_every_method(tmp_path, capsys):
-    results = run(tmp_path, "--method", "selective", "l2", "none", "--seed", "1")
-    again = run(tmp_path, "--seed", "1", "--report")
-    page = (tmp_path / "report-lenet300-digits-selective-seed1" / "report.html").read_text()
-    assert f"{again[0]['kept']:,} are kept" in page
-    assert "3 checks" in page
-    for key in ("kept", "test_error", "validation_accuracy", "dense_test_error"):
-        assert again[0][key] == results[0][key]
-    assert {result["kept"] for result in results} == {results[0]["kept"]}
+    results = run(tmp_path, "--method", *METHODS, "--seed", "1", epochs="5")
+    assert {result["method"] for result in results} == set(METHODS)
     assert len({result["dense_test_error"] for result in results}) == 1
     assert "mean over seeds" in capsys.readouterr().out
+    for result in results:
+        if not METHODS[result["method"]].bounded:
+            assert result["sparsity"] == pytest.approx(result["strength"], abs=2e-3)
+    again = run(tmp_path, "--seed", "1", "--report", epochs="5")
+    page = (tmp_path / "report-lenet300-digits-default-seed1" / "report.html").read_text()
+    assert f"{again[0]['kept']:,} are kept" in page
+    assert f"{again[0]['checks']} checks" in page
+    by_name = {result["method"]: result for result in results}
+    for key in ("kept", "test_error", "validation_accuracy", "dense_test_error", "curve"):
+        assert again[0][key] == by_name["default"][key]
+
+
+@pytest.mark.slow
+def test_cut_off_and_resumed_is_the_same(tmp_path, capsys, monkeypatch):
+    """Stopped after every check, by the clock of a run that has no time at all."""
+    (whole,) = run(tmp_path / "whole")
+    stops = 0
+    while True:
+        found = run(tmp_path / "slices", "--resume", "--minutes", "0")
+        if found:
+            break
+        stops += 1
+        assert "--resume goes on" in capsys.readouterr().out
+    assert stops == 1 + whole["checks"]  # an epoch of the dense network, and each check
+    for key in ("kept", "test_error", "validation_accuracy", "curve", "checks"):
+        assert found[0][key] == whole[key]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_networks_with_convolutions(tmp_path):
+    write_tiny("mnist", "3.0.1", (28, 28, 1), tmp_path)
+    write_tiny("cifar10", "3.0.2", (32, 32, 3), tmp_path)
+    few = ["--data-dir", str(tmp_path), "--out", str(tmp_path), "--dense-epochs", "1"]
+    few += ["--interval", "1", "--bound", "0", "--epochs", "3", "--train-images", "20"]
+    few += ["--batch", "10", "--validation", "10"]
+    (five,) = lenet5.main(few)
+    assert five["parameters"] == 431_080
+    (image,) = (tmp_path / "networks").glob("*.png")
+    assert image.name == "lenet5-mnist-default-seed0.png"
+    (residual,) = resnet32.main([*few, "--method", "none"])
+    assert residual["parameters"] == 464_154
+    assert residual["kept"] < 464_154
+    assert residual["data"] == "cifar10"
+
+
+def test_search_and_choice(tmp_path, monkeypatch):
+    settings = experiment.settings("lenet300", "digits")
+    few = settings._replace(dense_epochs=1, epochs=6, interval=8, bound=0.02)
+    monkeypatch.setitem(search.EXPERIMENTS, "lenet300-digits", few)
+    search.main(["lenet300-digits", "--method", "none", "--out", str(tmp_path)])
+    lines = search.read(tmp_path / "search-lenet300-digits.jsonl")
+    assert [line["strength"] for line in lines] == list(METHODS["none"].strengths)
+    assert {line["epochs"] for line in lines} == {1 + 6 // 3}
+    for line in lines:  # two checks; the second finds what the first has pruned
+        share = line["strength"]
+        assert line["sparsity"] == pytest.approx(share, abs=1e-4)
+    assert "test" not in "".join(lines[0])
+    search.main(["lenet300-digits", "--method", "none", "--out", str(tmp_path)])
+    assert search.read(tmp_path / "search-lenet300-digits.jsonl") == lines  # none is run again
+
+    some = [(0.9, 0.97), (0.95, 0.96), (0.99, 0.9)]
+    some = [
+        {"strength": i, "sparsity": share, "validation": metric}
+        for i, (share, metric) in enumerate(some)
+    ]
+    assert search.chosen(some, bound=0.965, validation=1000) == 1  # 0.0058 below at the most
+    assert search.chosen(some, bound=0.965, validation=10_000) == 0
+    assert search.chosen(some, bound=0.99, validation=10_000) == 0
+
+
+def record(method, seed, sparsity, wrong, curve):
+    return {
+        "method": method,
+        "seed": seed,
+        "sparsity": sparsity,
+        "test_error": wrong,
+        "curve": curve,
+    }
+
+
+def test_numbers_of_the_tables():
+    mean, half = tables.interval([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.302653 * np.std([1, 2, 4], ddof=1) / np.sqrt(3), rel=1e-5)
+    assert np.isnan(tables.interval([1.0])[1])
+    curve = [[0.9, 0.98, 1.0], [0.99, 0.97, 3.0]]  # half way in the logarithm: 1 - sqrt(1e-3)
+    run = record("l2", 0, 0.99, 3.0, curve)
+    assert tables.at_sparsity(run, 1 - 10**-1.5) == pytest.approx(2.0)
+    assert np.isnan(tables.at_sparsity(run, 0.995))
+    mean, half, p = tables.paired([1.0, 2.0, 4.0], [0.0, 1.5, 2.0])
+    assert mean == pytest.approx(3.5 / 3)
+    assert half == pytest.approx(4.302653 * np.std([1, 0.5, 2], ddof=1) / np.sqrt(3), rel=1e-5)
+    assert 0.05 < p < 0.2
+    runs = {
+        "paper": [
+            record("paper", s, 0.99, 2.0, [[0.9, 0.98, 1.5], [0.99, 0.97, 2.0]]) for s in (0, 1)
+        ],
+        "l2": [record("l2", s, 0.98, 2.0, [[0.9, 0.98, 1.0], [0.99, 0.97, 1.5]]) for s in (1, 0)],
+    }
+    text = tables.comparison(runs, (0.95, 0.995))
+    assert "sparsity, points | +1.00 ± 0.00" in text
+    assert "at 95 % sparsity (2 pairs): test error, points | +0.50 ± 0.00" in text
+    assert "99.5 %" not in text
+
+
+def test_tables_and_figures_from_records(tmp_path, capsys):
+    run(tmp_path, "--method", "paper", "l2", "--seed", "0", "1")
+    tables.main(["--results", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "## lenet300, digits" in shown
+    assert METHODS["paper"].title in shown
+    assert "paired over 2 seeds" in shown
+    picture = np.asarray(Image.open(tmp_path / "lenet300-digits.png").convert("L"))
+    assert picture.std() > 10
 
 
 @pytest.mark.parametrize(
@@ -132,6 +261,7 @@ def test_reads_prepared_data_by_name(name, version, shape, tmp_path):
     write_tiny(name, version, shape, tmp_path)
     splits = data.load(name, tmp_path, validation=10)
     assert splits.classes == 10
+    assert splits.title == name  # in PNG, as they are
     for split, number in zip(splits, (30, 10, 20), strict=False):
         assert split.images.shape == (number, *shape)
         assert split.images.dtype == np.float32
@@ -144,6 +274,21 @@ def test_reads_prepared_data_by_name(name, version, shape, tmp_path):
     np.testing.assert_allclose(splits.train.images.std(), 1, rtol=1e-5)
     together = np.sort(np.concatenate([splits.train.labels, splits.validation.labels]))
     np.testing.assert_array_equal(together, np.repeat(np.arange(10), 4))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_packed_data_are_the_same(tmp_path):
+    write_tiny("mnist", "3.0.1", (28, 28, 1), tmp_path)
+    write_tiny("cifar10", "3.0.2", (32, 32, 3), tmp_path)
+    for name in ("mnist", "cifar10"):
+        pack.main([name, "--data-dir", str(tmp_path), str(tmp_path / "file.npz")])
+        there = data.load(name, tmp_path / "file.npz", validation=10)
+        for one, other in zip(
+            jax.tree.leaves(data.load(name, tmp_path, validation=10)),
+            jax.tree.leaves(there),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -168,9 +313,19 @@ def test_validation_out_of_range():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "title", "train"),
+    [("mnist", "mnist", 55_000), ("cifar10", "cifar10, JPEG copy", 45_000)],
+)
+def test_real_data(prepared_data, name, title, train):
+    splits = data.load(name, prepared_data)
+    assert [len(split.labels) for split in splits[:3]] == [train, 5_000, 10_000]
+    assert splits.title == title
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_lenet_on_mnist(prepared_data, tmp_path):
-    splits = data.load("mnist", prepared_data)
-    assert [len(split.labels) for split in splits[:3]] == [55_000, 5_000, 10_000]
     (result,) = run(tmp_path, "--dataset", "mnist", "--data-dir", str(prepared_data))
     assert result["parameters"] == 266_610
     assert result["dense_test_error"] < 10
@@ -183,7 +338,7 @@ def test_picture_of_colour_images():
     ]
     params = {"dense": {"kernel": np.linspace(-1, 1, 48 * 2).reshape(48, 2)}}
     mask = jax.tree.map(lambda w: np.abs(w) > 0.5, params)
-    figure = figures.report("", history, 0.88, params, params, mask, (4, 4, 3))
+    figure = figures.report("", history, 0.88, params, params, mask, np.zeros((4, 4, 3)))
     (image,) = figure.axes[2].images
     wanted = mask["dense"]["kernel"].sum(axis=1).reshape(4, 4, 3).sum(axis=2)
     np.testing.assert_array_equal(image.get_array(), wanted)

@@ -1,0 +1,81 @@
+r"""All image experiments: every run, then the tables. Resumable; what is there is not run again.
+
+    python -m examples.reproduce --data-dir DIR                  # seven hours on two cores
+    python -m examples.reproduce --data-dir DIR --part 0 2 &     # or two at once, each
+    python -m examples.reproduce --data-dir DIR --part 1 2       # on one of the cores
+    python -m examples.reproduce --data-dir DIR --five-seeds     # all of them, for a GPU
+
+Runs are taken in an order in which the tables fill evenly. The strengths of the methods are those
+written in examples/methods.py, chosen by examples.search; this command does not choose anew.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from . import command, experiment, sparsify, tables
+from .experiment import EXPERIMENTS
+from .methods import METHODS
+
+FOUR = ("default", "paper", "l2", "none")
+# Experiment, methods, seeds: on two cores.
+PLAN = [
+    ("lenet300-mnist", FOUR, 5),
+    ("lenet300-mnist", tuple(name for name in METHODS if name not in FOUR), 2),
+    ("lenet5-mnist", FOUR, 3),
+    ("lenet5-fashion_mnist", FOUR, 3),
+]
+
+
+def runs(five_seeds: bool) -> list[tuple[str, str, int]]:
+    """Experiment, method and seed of every run, first seeds first."""
+    if five_seeds:
+        plan = [(name, tuple(METHODS), 5) for name in EXPERIMENTS if "digits" not in name]
+    else:
+        plan = PLAN
+    return [
+        (name, method, seed)
+        for name, methods, seeds in plan
+        for seed in range(seeds)
+        for method in methods
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its data")
+    parser.add_argument("--experiment", nargs="+", default=list(EXPERIMENTS), choices=EXPERIMENTS)
+    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--five-seeds", action="store_true", help="every method with five seeds")
+    parser.add_argument("--part", nargs=2, type=int, default=(0, 1), metavar=("I", "N"))
+    parser.add_argument("--minutes", type=float, help="stop with a checkpoint after so many")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    options = parser.parse_args(arguments)
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    console = Console()
+    part, parts = options.part
+    benches: dict[str, experiment.Experiment] = {}
+    try:
+        for name, method, seed in runs(options.five_seeds)[part::parts]:
+            done = (options.out / f"{name}-{method}-seed{seed}.json").exists()
+            if done or name not in options.experiment or method not in options.method:
+                continue
+            if name not in benches:
+                benches = {name: experiment.load(EXPERIMENTS[name], options.data_dir)}
+            console.print(f"{name}, {METHODS[method].title}, seed {seed}")
+            strength = METHODS[method].strength
+            record = command.run(
+                benches[name], method, strength, seed, options.out, resume=True, deadline=deadline
+            )
+            command.show(console, record)
+    except sparsify.OutOfTime:
+        console.print("The time is up: the same command goes on.")
+    if part == 0:
+        tables.main(["--results", str(options.out)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The rows of the table: each regularizer against NumPy, each schedule against its formula."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sparsereg_jax as sj
+from examples import methods
+from examples.methods import METHODS
+
+G = np.array([[0.3, -0.002, 0.0, 1.5]])
+W = np.array([[0.5, -1.5, 0.0, 1e-3]])
+
+
+def adam(gradient, rate=0.1):
+    """Adam's first update of a gradient."""
+    return -rate * gradient / (np.abs(gradient) + 1e-8)
+
+
+def first_update(method, strength, rate=0.1, steps_per_epoch=4):
+    tx = METHODS[method].optimizer(rate, strength, steps_per_epoch)
+    params = {"w": jnp.asarray(W, jnp.float32)}
+    updates, _ = tx.update({"w": jnp.asarray(G, jnp.float32)}, tx.init(params), params)
+    return np.asarray(updates["w"])
+
+
+STRENGTH = 0.2 * 3 / 4  # 2 gamma, after the first of four steps of an epoch
+
+
+@pytest.mark.parametrize(
+    ("method", "strength", "wanted"),
+    [
+        ("paper", 0.1, adam(G + STRENGTH * W * np.exp(-np.abs(G)))),
+        ("l2", 0.1, adam(G + STRENGTH * W)),
+        ("default", 0.1, adam(G + STRENGTH * W)),
+        ("l1", 0.1, adam(G + STRENGTH * np.sign(W))),
+        ("none", 0.1, adam(G)),
+        ("weight-decay", 0.5, adam(G) - 0.1 * 0.5 * W),
+        ("lobster", 0.05, adam(G) - 0.05 * W * np.maximum(0, 1 - np.abs(G))),
+    ],
+)
+def test_first_updates(method, strength, wanted):
+    # Adam's first update is a sign: gradients of 0 must stay 0, the others are told by theirs.
+    np.testing.assert_allclose(first_update(method, strength), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_coupled_terms_differ_in_the_second_moment():
+    """A sign alone says little: the first moments hold the sums themselves."""
+
+    def moment(method):
+        tx = METHODS[method].optimizer(0.1, 0.1, 4)
+        params = {"w": jnp.asarray(W, jnp.float32)}
+        _, state = tx.update({"w": jnp.asarray(G, jnp.float32)}, tx.init(params), params)
+        return np.asarray(optax.tree.get(state, "mu")["w"]) / 0.1
+
+    np.testing.assert_allclose(
+        moment("paper"), G + STRENGTH * W * np.exp(-np.abs(G)), rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_allclose(moment("l2"), G + STRENGTH * W, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(moment("l1"), G + STRENGTH * np.sign(W), rtol=1e-5, atol=1e-7)
+
+
+def test_proximal_step_against_brute_force():
+    strength, rate = 0.4, 0.1
+    moved = W + adam(G, rate)
+    grid = np.linspace(-2, 2, 400_001)
+    cost = 0.5 * (grid[:, None] - moved.ravel()) ** 2 + rate * strength * np.abs(grid)[:, None]
+    nearest = grid[cost.argmin(0)]
+    found = W.ravel() + first_update("l1-proximal", strength, rate).ravel()
+    np.testing.assert_allclose(found, nearest, atol=1e-5)
+
+
+def situation(params, mask):
+    return sj.Situation(
+        params=params,
+        pruning_mask=mask,
+        prunable=sj.every_parameter(params),
+        metric=0.0,
+        waited=0,
+        scale=1.0,
+        evaluate=lambda params: 0.0,
+        mode="max",
+    )
+
+
+def sparsities(method, sparsity, checks):
+    """What a method's proposals lead to, from check to check."""
+    params = {"w": jnp.linspace(-1, 1, 1000)}
+    propose, mask = METHODS[method].propose(sparsity, 0.04, checks), sj.full_mask(params)
+    reached = []
+    for _ in range(checks):
+        proposal = propose(situation(params, mask))
+        if proposal.pruning_mask is not None:
+            mask = sj.intersection(mask, proposal.pruning_mask)
+        reached.append(float(sj.sparsity(mask)))
+    return reached
+
+
+def test_schedules():
+    steps = 14  # 7/10 of 20 checks
+    cubic = [0.9 * (1 - (1 - min(1, t / steps)) ** 3) for t in range(1, 21)]
+    np.testing.assert_allclose(sparsities("gradual", 0.9, 20), cubic, atol=2.1e-3)
+    np.testing.assert_allclose(sparsities("one-shot", 0.9, 5), [0.9] * 5, atol=2.1e-3)
+    rounds = [1 - 0.1 ** (t / 4) for t in range(1, 5)] + [0.9]
+    np.testing.assert_allclose(sparsities("lottery", 0.9, 5), rounds, atol=2.1e-3)
+    np.testing.assert_allclose(sparsities("snip", 0.9, 3), [0, 0, 0])
+    np.testing.assert_allclose(
+        sparsities("none", 0.1, 3), [1 - 0.9**t for t in (1, 2, 3)], atol=1e-3
+    )
+
+
+def test_snip_keeps_the_largest_products():
+    random = np.random.default_rng(0)
+    g, w = (random.standard_normal((4, 5)).astype(np.float32) for _ in range(2))
+    mask = methods.snip({"w": jnp.asarray(g)}, {"w": jnp.asarray(w)}, 0.75)
+    largest = np.sort(np.abs(g * w).ravel())[-5]
+    np.testing.assert_array_equal(mask["w"], np.abs(g * w) >= largest)
+
+
+def test_every_method_has_six_strengths_and_one_of_them_is_taken():
+    for name, method in METHODS.items():
+        assert len(set(method.strengths)) >= 6, name
+        assert method.strength in method.strengths, name
