@@ -104,8 +104,8 @@ class TorchRecipe:
             gamma = GAMMA * max(0.0, 1 - self.since / self.epoch)
             logits = self.model(self.images[rows])
             loss = torch.nn.functional.cross_entropy(logits, self.labels[rows])
-            self.adam.zero_grad()
             if self.form == FORMS[0]:
+                self.adam.zero_grad()
                 measured = torch.autograd.grad(loss, self.params, retain_graph=True)
                 penalty = sum(
                     (param**2 * torch.exp(-gradient.abs())).sum()
@@ -113,10 +113,11 @@ class TorchRecipe:
                 )
                 (loss + gamma * penalty).backward()
             else:
-                loss.backward()
+                gradients = torch.autograd.grad(loss, self.params)
                 with torch.no_grad():
-                    for param in self.params:
-                        param.grad.addcmul_(param, (-param.grad.abs()).exp_(), value=2 * gamma)
+                    for param, gradient in zip(self.params, gradients, strict=True):
+                        irrelevance = (-gradient.abs()).exp_()
+                        param.grad = gradient.addcmul_(param, irrelevance, value=2 * gamma)
             self.adam.step()
             with torch.no_grad():
                 for param, mask in zip(self.params, self.masks, strict=True):

@@ -9,6 +9,7 @@ there is not run again. The test images are never looked at.
 import argparse
 from pathlib import Path
 
+import jax.numpy as jnp
 import optax
 
 import sparsereg_jax as sj
@@ -42,6 +43,17 @@ def taylor(gradient, weight, scale):
     return sj.exponential_irrelevance(gradient * weight, weight, scale)
 
 
+def growing(power):
+    """I = (entries / entries left) ^ power in each tensor: stronger the sparser it is."""
+
+    def irrelevance(gradient, weight, scale):
+        del scale
+        left = jnp.maximum(1, jnp.count_nonzero(weight)).astype(gradient.dtype)
+        return jnp.full_like(gradient, (weight.size / left) ** power)
+
+    return irrelevance
+
+
 gate, flat = sj.exponential_irrelevance, sj.constant_irrelevance
 VARIANTS = {
     "default (I = 1)": DEFAULT,
@@ -52,6 +64,8 @@ VARIANTS = {
     "gate, alpha 0.1 x running rms of g": DEFAULT._replace(optimizer=scaled(gate, 0.1, 0.99)),
     "gate on |g w|, alpha 1e-4": DEFAULT._replace(optimizer=scaled(taylor, 1e-4)),
     "gate on |g w|, alpha 1e-5": DEFAULT._replace(optimizer=scaled(taylor, 1e-5)),
+    "I grows, power 0.5": DEFAULT._replace(optimizer=penalty(growing(0.5))),
+    "I grows, power 1": DEFAULT._replace(optimizer=penalty(growing(1.0))),
     "I = 1, constant strength": DEFAULT._replace(optimizer=scaled(flat, 1.0, constant=True)),
     "I = 1, no label smoothing": DEFAULT._replace(smoothing=0.0),
     "I = 1, smoothing 0.1": DEFAULT._replace(smoothing=0.1),

@@ -72,6 +72,7 @@ def run(
         "strength": strength,
         "seed": seed,
         "settings": settings._asdict(),
+        "image_shape": list(example.shape[1:]),
         "sparsity": 1 - kept / size,
         "parameters": size,
         "kept": kept,

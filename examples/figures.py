@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 
 import sparsereg_jax as sj
 
+Records = dict[str, list[dict[str, Any]]]  # by method, a record a seed
+
 
 def report(
     title: str,
@@ -77,78 +79,89 @@ def _kept_inputs(axes, mask, example):
     axes.figure.colorbar(image, ax=axes, shrink=0.85)
 
 
-def comparison(
-    experiment: str, first: dict[str, Any], records: dict[str, list[dict[str, Any]]]
-) -> Figure:
-    """Sparsity against test error with a curve a method, and the sparsity of each layer.
+def comparison(records: Records, masks: dict[str, Any]) -> Figure:
+    """What an experiment's methods gave, side by side.
 
     Args:
-      experiment: its name.
-      first: a record, for what they share.
-      records: by method, a record a seed.
+      records: by method, the record of each seed (see :mod:`examples.command`).
+      masks: by method, the kept weights of one network; may be empty.
 
     Returns:
-      The figure. Bands reach from the lowest to the highest seed; methods with a target sparsity
-      are points.
+      Compression against test error, where bands reach from the lowest to the highest seed and
+      points are the runs' ends; the share kept in each layer; maps of the first layer's weights.
     """
-    figure = Figure(figsize=(13, 5.2), layout="constrained", dpi=110)
+    first = next(iter(records.values()))[0]
+    rows = 2 if masks else 1
+    figure = Figure(figsize=(13, 2 + 3.4 * rows), layout="constrained", dpi=110)
     figure.suptitle(f"{first['settings']['network']}, {first['data']}")
-    tradeoff, layers = figure.subplots(1, 2, width_ratios=(1.35, 1))
-    dense = np.mean([run["dense_test_error"] for runs in records.values() for run in runs])
-    tradeoff.axhline(dense, color="0.6", linewidth=1)
-    tradeoff.text(1, dense, " dense", va="bottom", color="0.4", fontsize=8, transform=None)
-    tradeoff.texts[-1].set_transform(tradeoff.get_yaxis_transform())
-    tradeoff.texts[-1].set_ha("right")
-    highest = [dense]
-    for i, (method, runs) in enumerate(records.items()):
-        color = f"C{i % 10}"
-        style = "-" if i < 10 else "--"
-        ends = [(1 / (1 - run["sparsity"]), run["test_error"]) for run in runs]
-        highest += [wrong for _, wrong in ends]
-        curves = [_interpolated(run) for run in runs]
-        if all(curve is not None for curve in curves):
-            grid = np.geomspace(
-                max(curve[0][0] for curve in curves), min(curve[0][-1] for curve in curves), 200
-            )
-            errors = np.array([np.interp(np.log(grid), np.log(x), y) for x, y in curves])
-            tradeoff.plot(grid, errors.mean(0), style, color=color, linewidth=1.4)
-            if len(runs) > 1:
-                tradeoff.fill_between(grid, errors.min(0), errors.max(0), color=color, alpha=0.15)
-        tradeoff.plot(*zip(*ends, strict=True), "o", color=color, markersize=5, label=method)
-    tradeoff.set_xscale("log")
-    tradeoff.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    tradeoff.set_xlabel("compression: all parameters / kept parameters")
-    tradeoff.set_ylabel("test error, %")
-    tradeoff.set_ylim(dense * 0.85, min(max(highest) * 1.05, 3 * dense))
-    tradeoff.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
-    shown = [method for method in ("default", "paper", "l2", "none") if method in records]
-    names = [layer["path"].removeprefix("params/") for layer in first["layers"]]
-    names = [name for name in names if name.endswith("kernel")]
-    for i, method in enumerate(shown):
-        kept = [
-            np.mean(
-                [
-                    100 * (1 - layer["sparsity"])
-                    for run in records[method]
-                    for layer in run["layers"]
-                    if layer["path"].removeprefix("params/") == name
-                ]
-            )
-            for name in names
-        ]
-        places = np.arange(len(names)) + 0.8 * (i - (len(shown) - 1) / 2) / len(shown)
-        color = f"C{list(records).index(method) % 10}"
-        layers.barh(places, kept, 0.8 / len(shown), color=color, label=method)
-    layers.set_yticks(np.arange(len(names)), [name.removesuffix("/kernel") for name in names])
-    layers.invert_yaxis()
-    layers.set_xscale("log")
-    layers.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-    layers.set_xlabel("weights kept in each layer")
-    layers.legend(frameon=False, fontsize=8)
+    places = figure.add_gridspec(rows, 1, height_ratios=(1.6, 1)[:rows])
+    above = places[0].subgridspec(1, 2, width_ratios=(1.5, 1))
+    colors = {method: f"C{i % 10}" for i, method in enumerate(records)}
+    _tradeoff(figure.add_subplot(above[0]), records, colors)
+    _layers(figure.add_subplot(above[1]), records, colors)
+    if masks:
+        below = places[1].subgridspec(1, len(masks))
+        shape = np.empty(first["image_shape"])
+        for i, (method, mask) in enumerate(masks.items()):
+            axes = figure.add_subplot(below[i])
+            _kept_inputs(axes, mask, shape)
+            axes.set_title(method, fontsize=9)
     return figure
 
 
-def _interpolated(run):
-    """Compressions, rising, and test errors of a run's curve; None without one."""
-    points = sorted((1 / (1 - point[0]), point[2]) for point in run["curve"] if point[0] < 1)
+def _tradeoff(axes, records, colors):
+    dense = np.mean([run["dense_test_error"] for runs in records.values() for run in runs])
+    axes.axhline(dense, color="0.6", linewidth=1, label="dense")
+    ends = []
+    for i, (method, runs) in enumerate(records.items()):
+        color, marker = colors[method], "o" if i < 10 else "s"
+        found = [_curve_of(run) for run in runs]
+        curves = [curve for curve in found if curve is not None]
+        if curves:
+            lowest = max(curve[0][0] for curve in curves)
+            grid = np.geomspace(lowest, min(curve[0][-1] for curve in curves), 200)
+            errors = np.array([np.interp(np.log(grid), np.log(x), y) for x, y in curves])
+            axes.plot(grid, errors.mean(0), color=color, linewidth=1.4)
+            axes.fill_between(grid, errors.min(0), errors.max(0), color=color, alpha=0.15)
+        points = [(1 / (1 - run["sparsity"]), run["test_error"]) for run in runs]
+        axes.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=method)
+        ends += points
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_xlabel("compression: all parameters / kept parameters")
+    axes.set_ylabel("test error, %")
+    axes.set_ylim(0.85 * dense, min(1.1 * max(y for _, y in ends), 2.5 * dense))
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+
+
+def _curve_of(run):
+    """Compressions, rising, and test errors of a run; None of one that has no curve."""
+    points = sorted(
+        {1 / (1 - point[0]): point[2] for point in run["curve"] if point[0] < 1}.items()
+    )
     return tuple(np.array(points).T) if len(points) > 1 else None
+
+
+def _layers(axes, records, colors):
+    shown = [method for method in ("default", "paper", "l2", "none") if method in records]
+    shown = shown or list(records)[:4]
+
+    def kept(run):
+        return {
+            layer["path"].removeprefix("params/").removesuffix("/kernel"): layer["sparsity"]
+            for layer in run["layers"]
+            if layer["path"].endswith("kernel")
+        }
+
+    names = list(kept(records[shown[0]][0]))
+    height = 0.8 / len(shown)
+    for i, method in enumerate(shown):
+        shares = [[100 * (1 - kept(run)[name]) for name in names] for run in records[method]]
+        places = np.arange(len(names)) + height * (i - (len(shown) - 1) / 2)
+        axes.barh(places, np.mean(shares, axis=0), height, color=colors[method], label=method)
+    axes.set_yticks(np.arange(len(names)), names, fontsize=8 if len(names) < 12 else 5)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    axes.set_xlabel("weights kept in each layer")
+    axes.legend(frameon=False, fontsize=8)

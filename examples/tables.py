@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from scipy import stats
 
+import sparsereg_jax as sj
+
 from . import figures
 from .experiment import EXPERIMENTS
+from .figures import Records
 from .methods import METHODS
-
-Records = dict[str, list[dict[str, Any]]]  # by method, a record a seed
 
 
 def read(folder: Path, experiment: str) -> Records:
@@ -122,6 +124,20 @@ def _pm(values: Sequence[float]) -> str:
     return f"{mean:.2f}" + (f" ± {half:.2f}" if np.isfinite(half) else "")
 
 
+def _masks(folder: Path, experiment: str, methods: Sequence[str]) -> dict[str, Any]:
+    """The kept weights of those first networks whose files are there."""
+    paths = {
+        method: folder / "networks" / f"{experiment}-{method}-seed0.safetensors"
+        for method in methods
+        if method in ("default", "paper", "l2", "none")
+    }
+    return {
+        method: jax.tree.map(lambda leaf: leaf != 0, sj.load_sparse(path)[0])
+        for method, path in paths.items()
+        if path.exists()
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -135,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n## {first['settings']['network']}, {first['data']}\n")
         print(table(records), end="\n\n")
         print(comparison(records, (0.95, 0.97, 0.98, 0.99, 0.995)))
-        figure = figures.comparison(experiment, first, records)
+        figure = figures.comparison(records, _masks(options.results, experiment, list(records)))
         figure.savefig(options.results / f"{experiment}.png")
 
 
