@@ -130,7 +130,8 @@ def _tradeoff(axes, records, colors):
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_xlabel("compression: all parameters / kept parameters")
     axes.set_ylabel("test error, %")
-    axes.set_ylim(0.85 * dense, min(1.1 * max(y for _, y in ends), 2.5 * dense))
+    errors = [dense, *(wrong for _, wrong in ends)]
+    axes.set_ylim(0.9 * min(errors), max(1.1 * dense, min(1.1 * max(errors), 2.5 * dense)))
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 
 

@@ -16,6 +16,7 @@ from .methods import Method
 
 ROUNDS = 8  # of a method that rewinds
 CHECKPOINT = 60  # seconds between two
+SMALLER = 0.9  # a point of the curve has so much of the parameters of the point before, or less
 
 
 class Point(NamedTuple):
@@ -121,21 +122,23 @@ def sparsify(
         history = [sj.check_from_json(line) for line in log["history"]]
         curve = [Point(*point) for point in log["curve"]]
 
-    def point(record: trainer.Record) -> Point:
+    def point(record: trainer.Record, validation: Any = None) -> Point:
         variables = trainer.variables(record)
         kept = sum(row.kept for row in sj.summary(record.params, mask_of(record)))
         size = sum(leaf.size for leaf in jax.tree.leaves(record.params))
+        if validation is None:
+            validation = bench.validation(variables)
         accuracy = float(bench.test(variables)) if test else None
-        return Point(1 - kept / size, float(bench.validation(variables)), accuracy)
+        return Point(1 - kept / size, float(validation), accuracy)
 
     saved = time.monotonic()
 
     def on_check(state: sj.PruningState, check: sj.Check) -> None:
         nonlocal saved
         history.append(check)
-        sparser = not curve or check.sparsity > curve[-1].sparsity
-        if method.bounded and check.met_bound and sparser:
-            curve.append(point(state.good))
+        smaller = not curve or 1 - check.sparsity <= SMALLER * (1 - curve[-1].sparsity)
+        if method.bounded and check.met_bound and smaller:
+            curve.append(point(state.good, check.metric))
         now = time.monotonic()
         over = deadline is not None and now > deadline
         if folder is not None and (over or check.stopped or now > saved + CHECKPOINT):
@@ -149,6 +152,8 @@ def sparsify(
 
     clock = time.perf_counter()
     record = state.good if method.bounded else state.current
+    if method.bounded:
+        curve.append(point(record, state.progress.good_metric))
     tune_epochs = round(settings.epochs * method.tune)
     if tune_epochs:
         falling = optax.cosine_decay_schedule(settings.learning_rate, tune_epochs * bench.epoch)

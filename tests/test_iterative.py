@@ -292,6 +292,38 @@ def test_bisection_waits_for_a_plateau_and_compiles_the_evaluation_once():
         assert metrics[check] >= 0.8 * metrics[check - 1] - 1e-6
 
 
+def test_a_view_of_the_record_is_what_is_measured():
+    """The metric is share_left - step / 100: what is left, less something the params do not hold."""
+
+    def view(record):
+        return record.params, record.step
+
+    def evaluate(seen):
+        params, step = seen
+        return share_left(params) - jnp.asarray(step) / 100
+
+    tx = held()
+    state, history = run(
+        loop(tx, evaluate=evaluate, propose=sj.fraction_step(0.5), view=view, max_checks=2),
+        start(tx),
+    )
+    half = MAGNITUDES[10:].sum() / 210
+    np.testing.assert_allclose([c.metric for c in history], [1 - 0.01, half - 0.02], rtol=1e-6)
+
+    # A trial of the bisection has other params and the same step: 1/4 of 0.99 may go, down to
+    # 0.7425 = share - 0.01, so the share left is at least 0.7525: the first 9 weights (45) may go,
+    # the 10th (55 of 210, 0.738 left) may not.
+    propose = sj.bisection_step(0.25, patience=0, evaluations=12)
+    pruning = loop(tx, evaluate=evaluate, propose=propose, view=view, max_checks=1)
+    state, _ = run(pruning, start(tx))
+    np.testing.assert_array_equal(kept_weights(state.current), MAGNITUDES[9:])
+
+    record, metrics = sj.fine_tune(state.current, tx, idle, evaluate, intervals=1, view=view)
+    left = MAGNITUDES[9:].sum() / 210
+    np.testing.assert_allclose(metrics, [left - 0.01, left - 0.02], rtol=1e-6)
+    assert record.step == 2
+
+
 def test_bisection_goes_back_with_a_smaller_tolerance():
     tx = held()
 
