@@ -16,7 +16,7 @@ import sparsereg_jax as sj
 
 from . import experiment
 from .experiment import EXPERIMENTS
-from .methods import METHODS, fraction, penalty
+from .methods import METHODS, absolute_value, fraction, penalty
 from .search import explore
 
 DEFAULT = METHODS["default"]
@@ -64,6 +64,7 @@ VARIANTS = {
     "gate, alpha 0.1 x running rms of g": DEFAULT._replace(optimizer=scaled(gate, 0.1, 0.99)),
     "gate on |g w|, alpha 1e-4": DEFAULT._replace(optimizer=scaled(taylor, 1e-4)),
     "gate on |g w|, alpha 1e-5": DEFAULT._replace(optimizer=scaled(taylor, 1e-5)),
+    "L1 in place of L2": DEFAULT._replace(optimizer=penalty(absolute_value)),
     "I grows, power 0.5": DEFAULT._replace(optimizer=penalty(growing(0.5))),
     "I grows, power 1": DEFAULT._replace(optimizer=penalty(growing(1.0))),
     "I = 1, constant strength": DEFAULT._replace(optimizer=scaled(flat, 1.0, constant=True)),

@@ -171,6 +171,12 @@ METHODS = {
     "paper": Method(
         "selective shrinkage, the paper's preset",
         1e-3,
+        (1e-3,),  # a preset: nothing is searched
+        penalty(sj.exponential_irrelevance),
+    ),
+    "gate": Method(
+        "the same, gamma chosen",
+        1e-4,
         GAMMAS,
         penalty(sj.exponential_irrelevance),
     ),

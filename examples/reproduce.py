@@ -20,10 +20,11 @@ from .experiment import EXPERIMENTS
 from .methods import METHODS
 
 FOUR = ("default", "paper", "l2", "none")
+FIVE = ("default", "paper", "gate", "l2", "none")
 # Experiment, methods, seeds: on two cores.
 PLAN = [
-    ("lenet300-mnist", FOUR, 5),
-    ("lenet300-mnist", tuple(name for name in METHODS if name not in FOUR), 2),
+    ("lenet300-mnist", FIVE, 5),
+    ("lenet300-mnist", tuple(name for name in METHODS if name not in FIVE), 2),
     ("lenet5-mnist", FOUR, 3),
     ("lenet5-fashion_mnist", FOUR, 3),
 ]

@@ -293,7 +293,7 @@ def test_bisection_waits_for_a_plateau_and_compiles_the_evaluation_once():
 
 
 def test_a_view_of_the_record_is_what_is_measured():
-    """The metric is share_left - step / 100: what is left, less something the params do not hold."""
+    """The metric: the share left, less something that the params do not hold."""
 
     def view(record):
         return record.params, record.step
