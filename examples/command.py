@@ -18,7 +18,7 @@ from rich.table import Table
 
 import sparsereg_jax as sj
 
-from . import experiment, figures, sparsify
+from . import experiment, figures, sparsify, trainer
 from .experiment import Experiment, Settings
 from .methods import METHODS
 
@@ -56,15 +56,16 @@ def run(
         deadline=deadline,
         progress_bar=progress_bar,
     )
-    layers = sj.summary(done.params, done.mask)
+    params = done.sparse.params
+    layers = sj.summary(params, done.mask)
     size, kept = sum(layer.size for layer in layers), sum(layer.kept for layer in layers)
     example = bench.splits.test.images[:1]
     apply = bench.network.model.apply
-    small = sj.compact(apply, done.variables, example)
+    small = sj.compact(apply, trainer.variables(done.sparse), example)
     stem = f"{settings.network}-{settings.dataset}-{method}-seed{seed}"
     network = out / "networks" / f"{stem}.safetensors"
     network.parent.mkdir(parents=True, exist_ok=True)
-    sj.save_sparse(network, done.params)
+    sj.save_sparse(network, params)
     record = {
         "experiment": f"{settings.network}-{settings.dataset}",
         "data": bench.splits.title,
@@ -77,10 +78,10 @@ def run(
         "parameters": size,
         "kept": kept,
         "compression": size / max(1, kept),
-        "validation_accuracy": done.sparse.validation,
-        "dense_validation_accuracy": done.dense.validation,
-        "test_error": error(done.sparse),
-        "dense_test_error": error(done.dense),
+        "validation_accuracy": done.after.validation,
+        "dense_validation_accuracy": done.before.validation,
+        "test_error": error(done.after),
+        "dense_test_error": error(done.before),
         "compacted": {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(small.params)),
             "widths": list(sj.new_widths(small.plan).values()),
@@ -103,15 +104,15 @@ def run(
         f" test error {record['test_error']:.2f} % ({record['dense_test_error']:.2f} % dense)"
     )
     figures.report(
-        title, done.history, settings.bound, done.dense_params, done.params, done.mask, example[0]
+        title, done.history, settings.bound, done.dense.params, params, done.mask, example[0]
     ).savefig(out / "networks" / f"{stem}.png")
     if report:
         sj.write_report(
             out / f"report-{stem}",
-            done.params,
+            params,
             done.mask,
             title=title,
-            dense=done.dense_params,
+            dense=done.dense.params,
             fn=apply,
             inputs=(example,),
             history=done.history,
@@ -262,7 +263,7 @@ def main(
                     )
                 )
                 show(console, records[-1])
-    except sparsify.OutOfTime:
+    except experiment.OutOfTime:
         console.print("The time is up: the same command with --resume goes on.")
     if len(records) > 1:
         summarize(console, records)

@@ -5,6 +5,7 @@
 
 import importlib.util
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,32 +100,45 @@ def _tfds(name: str, split: str, data_dir: str | Path | None) -> tuple[np.ndarra
     if not prepared:
         builder.download_and_prepare(file_format="array_record")
     if array_record:
-        source = builder.as_data_source(split=split)
-        rows = source.__getitems__(range(len(source)))
+        encoded, labels = files(builder, split)
+        images, title = decoded(encoded), table_name(name, encoded[0])
     else:
         rows = list(tfds.as_numpy(builder.as_dataset(split=split)))
-    images = np.stack([row["image"] for row in rows]).astype(np.float32)
-    return images, np.array([row["label"] for row in rows]), table_name(builder)
+        images = np.stack([row["image"] for row in rows])
+        labels, title = [row["label"] for row in rows], name
+    return images.astype(np.float32), np.array(labels), title
 
 
-def table_name(builder: Any) -> str:
-    """CIFAR-10 is kept in PNG; of a copy in JPEG a table should say so."""
-    jpeg = builder.info.features["image"].encoding_format == "jpeg"
-    return builder.name + (", JPEG copy" if jpeg and builder.name.startswith("cifar") else "")
+def files(builder: Any, split: str) -> tuple[list[bytes], list[int]]:
+    """The image files of a set prepared as ArrayRecord, as they are, and their labels."""
+    from tensorflow_datasets import decode
+
+    source = builder.as_data_source(split=split, decoders={"image": decode.SkipDecoding()})
+    rows = source.__getitems__(range(len(source)))
+    return [row["image"] for row in rows], [row["label"] for row in rows]
+
+
+def decoded(encoded: Sequence[bytes]) -> np.ndarray:
+    """Images from their files, PNG or JPEG: shape=[n, height, width, channels], dtype=uint8."""
+    from PIL import Image
+
+    images = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in encoded])
+    return images[..., None] if images.ndim == 3 else images
+
+
+def table_name(name: str, file: bytes) -> str:
+    """CIFAR is kept in PNG; of a copy in JPEG a table should say so."""
+    copy = name.startswith("cifar") and file.startswith(b"\xff\xd8")
+    return name + (", JPEG copy" if copy else "")
 
 
 def _packed(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
     """What :mod:`examples.pack` wrote."""
-    from PIL import Image
+
+    def part(split: str) -> tuple[np.ndarray, np.ndarray]:
+        pieces = np.split(file[f"{split}_files"], file[f"{split}_ends"][:-1])
+        images = decoded([piece.tobytes() for piece in pieces])
+        return images.astype(np.float32), file[f"{split}_labels"]
 
     with np.load(path) as file:
-        parts = []
-        for split in ("train", "test"):
-            files = np.split(file[f"{split}_files"], file[f"{split}_ends"][:-1])
-            images = [np.asarray(Image.open(io.BytesIO(each.tobytes()))) for each in files]
-            parts += [np.stack(images).astype(np.float32), file[f"{split}_labels"]]
-        title = str(file["title"])
-    train_images, train_labels, test_images, test_labels = (
-        part[..., None] if part.ndim == 3 else part for part in parts
-    )
-    return train_images, train_labels, test_images, test_labels, title
+        return *part("train"), *part("test"), str(file["title"])

@@ -31,9 +31,9 @@ class Settings(NamedTuple):
 
 EXPERIMENTS = {
     "lenet300-digits": Settings(
-        "lenet300", "digits", bound=0.97, dense_epochs=40, epochs=400, interval=55, fraction=0.1
+        "lenet300", "digits", bound=0.97, dense_epochs=40, epochs=1500, interval=55, fraction=0.1
     ),
-    "lenet300-mnist": Settings("lenet300", "mnist", bound=0.979, dense_epochs=20, epochs=200),
+    "lenet300-mnist": Settings("lenet300", "mnist", bound=0.979, dense_epochs=20, epochs=260),
     "lenet5-mnist": Settings(
         "lenet5", "mnist", bound=0.99, dense_epochs=8, epochs=50, fraction=0.08
     ),
@@ -51,6 +51,10 @@ EXPERIMENTS = {
         batch=128,
     ),
 }
+
+
+class OutOfTime(Exception):
+    """The time was up; the same call with the same folder goes on from the last checkpoint."""
 
 
 class Network(NamedTuple):
@@ -133,7 +137,7 @@ def dense(
     experiment: Experiment,
     seed: int,
     folder: Path | None = None,
-    on_epoch: Callable[[int], None] = lambda epoch: None,
+    overdue: Callable[[], bool] = lambda: False,
 ) -> Dense:
     """Trains the dense network of a seed: Adam, its learning rate falling as a cosine.
 
@@ -141,10 +145,13 @@ def dense(
       experiment: the data and the network.
       seed: of the initial weights and of the order of the images.
       folder: for checkpoints; a training that was cut off, or one that is done, is taken up there.
-      on_epoch: called after each epoch with its number.
+      overdue: asked after each epoch whether to save a checkpoint and stop.
 
     Returns:
       The network at three times.
+
+    Raises:
+      OutOfTime: ``overdue`` said so.
     """
     settings, images = experiment.settings, experiment.splits.train.images
     variables = experiment.network.model.init(jax.random.key(seed), jnp.asarray(images[:1]))
@@ -162,9 +169,10 @@ def dense(
     for epoch in range(done + 1, epochs + 1):
         record = train(jax.tree.map(jnp.copy, record))
         early = record if epoch == 1 else early
-        if folder is not None and (epoch % 5 == 0 or epoch == epochs):
+        if folder is not None and (epoch % 5 == 0 or epoch == epochs or overdue()):
             checkpoints.save(folder, epoch, (record, early))
-        on_epoch(epoch)
+        if overdue():
+            raise OutOfTime
     return Dense(*(each._replace(opt_state=()) for each in (initial, early, record)))
 
 

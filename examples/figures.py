@@ -130,8 +130,8 @@ def _tradeoff(axes, records, colors):
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_xlabel("compression: all parameters / kept parameters")
     axes.set_ylabel("test error, %")
-    errors = [dense, *(wrong for _, wrong in ends)]
-    axes.set_ylim(0.9 * min(errors), max(1.1 * dense, min(1.1 * max(errors), 2.5 * dense)))
+    wrong = [dense, *(y for _, y in ends)]
+    axes.set_ylim(0.9 * min(wrong), max(1.1 * dense, min(1.1 * max(wrong), 2.5 * dense)))
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 
 

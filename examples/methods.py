@@ -31,7 +31,8 @@ class Method(NamedTuple):
     )
     # Whether the bound on the validation metric steers; otherwise the strength is a sparsity.
     bounded: bool = True
-    recovery: int | None = None  # checks below the bound before going back; None never goes back
+    # Checks below the bound before going back, as a share of all checks; None never goes back.
+    recovery: float | None = None
     smoothing: float = 0.0  # of the labels in the loop
     tune: float = 0.0  # share of the budget for fine-tuning, the learning rate falling
     tuner: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation] = optax.adam
@@ -163,7 +164,7 @@ METHODS = {
         1e-3,
         GAMMAS,
         penalty(sj.constant_irrelevance),
-        recovery=40,
+        recovery=0.085,
         smoothing=0.2,
         tune=0.1,
         tuner=little_l2,
@@ -181,26 +182,26 @@ METHODS = {
         penalty(sj.exponential_irrelevance),
     ),
     "l2": Method(
-        "the same with I ≡ 1 (L2, coupled)", 1e-3, GAMMAS, penalty(sj.constant_irrelevance)
+        "the same with I ≡ 1 (L2, coupled)", 1e-4, GAMMAS, penalty(sj.constant_irrelevance)
     ),
     "none": Method(
         "no regularizer; its strength: the fraction pruned",
-        0.04,
+        0.08,
         (0.01, 0.02, 0.03, 0.04, 0.06, 0.08),
         no_regularizer,
         propose=lambda share, usual, n: sj.fraction_step(share, floor=0),
     ),
     "weight-decay": Method(
         "I ≡ 1, decoupled (AdamW)",
-        0.1,
+        0.03,
         (0.01, 0.03, 0.1, 0.2, 0.4, 0.8),
         lambda lr, strength, n: optax.adamw(lr, weight_decay=strength),
     ),
     "l1": Method(
-        "L1, subgradient", 3e-5, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4), penalty(absolute_value)
+        "L1, subgradient", 1e-5, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4), penalty(absolute_value)
     ),
     "l1-proximal": Method(
-        "L1, proximal step", 0.01, (3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 4e-2), proximal_l1
+        "L1, proximal step", 0.02, (3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 4e-2), proximal_l1
     ),
     "lobster": Method(
         "LOBSTER: decoupled, linear irrelevance, bisection at plateaus",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .data import table_name
+from .data import files, table_name
 
 
 def pack(name: str, data_dir: str | Path | None, path: Path) -> None:
@@ -26,14 +26,13 @@ def pack(name: str, data_dir: str | Path | None, path: Path) -> None:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(name, data_dir=data_dir)
-    arrays: dict[str, Any] = {"title": np.array(table_name(builder))}
+    arrays: dict[str, Any] = {}
     for split in ("train", "test"):
-        source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-        rows = source.__getitems__(range(len(source)))
-        files = [np.frombuffer(row["image"], np.uint8) for row in rows]
-        arrays[f"{split}_files"] = np.concatenate(files)
-        arrays[f"{split}_ends"] = np.cumsum([len(file) for file in files])
-        arrays[f"{split}_labels"] = np.array([row["label"] for row in rows], np.uint8)
+        encoded, labels = files(builder, split)
+        arrays["title"] = np.array(table_name(name, encoded[0]))
+        arrays[f"{split}_files"] = np.frombuffer(b"".join(encoded), np.uint8)
+        arrays[f"{split}_ends"] = np.cumsum([len(file) for file in encoded])
+        arrays[f"{split}_labels"] = np.array(labels, np.uint8)
     np.savez(path, **arrays)
 
 

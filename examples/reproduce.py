@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import command, experiment, sparsify, tables
+from . import command, experiment, tables
 from .experiment import EXPERIMENTS
 from .methods import METHODS
 
@@ -36,12 +36,13 @@ def runs(five_seeds: bool) -> list[tuple[str, str, int]]:
         plan = [(name, tuple(METHODS), 5) for name in EXPERIMENTS if "digits" not in name]
     else:
         plan = PLAN
-    return [
+    found = [
         (name, method, seed)
         for name, methods, seeds in plan
         for seed in range(seeds)
         for method in methods
     ]
+    return sorted(found, key=lambda run: run[2])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
                 benches[name], method, strength, seed, options.out, resume=True, deadline=deadline
             )
             command.show(console, record)
-    except sparsify.OutOfTime:
+    except experiment.OutOfTime:
         console.print("The time is up: the same command goes on.")
     if part == 0:
         tables.main(["--results", str(options.out)])

@@ -79,9 +79,9 @@ def explore(
             "strength": strength,
             "seed": seed,
             "epochs": bench.settings.epochs,
-            "sparsity": out.sparse.sparsity,
-            "validation": out.sparse.validation,
-            "dense_validation": out.dense.validation,
+            "sparsity": out.after.sparsity,
+            "validation": out.after.validation,
+            "dense_validation": out.before.validation,
             "curve": [[round(p.sparsity, 5), round(p.validation, 4)] for p in out.curve],
             "checks": len(out.history),
             "seconds": round(out.seconds, 1),
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
     settings = EXPERIMENTS[options.experiment]
-    settings = settings._replace(epochs=settings.dense_epochs + settings.epochs // 3)
+    settings = settings._replace(epochs=settings.epochs // 3)
     runs = [(name, strength, 0) for name in options.method for strength in METHODS[name].strengths]
     explore(
         experiment.load(settings, options.data_dir),

@@ -11,7 +11,7 @@ import optax
 import sparsereg_jax as sj
 
 from . import checkpoints, experiment, trainer
-from .experiment import Experiment
+from .experiment import Dense, Experiment, OutOfTime
 from .methods import Method
 
 ROUNDS = 8  # of a method that rewinds
@@ -30,19 +30,24 @@ class Point(NamedTuple):
 class Run(NamedTuple):
     """What came out."""
 
-    params: Any
+    sparse: trainer.Record
+    dense: trainer.Record
     mask: Any
-    variables: Any  # what the model's apply takes
-    dense_params: Any
     history: list[sj.Check]
     curve: list[Point]  # of networks that met the bound, sparser and sparser
-    dense: Point
-    sparse: Point  # the end
+    before: Point  # the dense network
+    after: Point  # the end
     seconds: float  # of the loop and the tuning
 
 
-class OutOfTime(Exception):
-    """The time was up; the same call with the same folder goes on from the last checkpoint."""
+class Plan(NamedTuple):
+    """A method's loop within the budget."""
+
+    interval: int  # steps between two checks
+    checks: int
+    tx: optax.GradientTransformation
+    pruning: sj.IterativePruning
+    start: trainer.Record
 
 
 def sparsify(
@@ -75,18 +80,74 @@ def sparsify(
     Raises:
       OutOfTime: the deadline has passed.
     """
-    settings = bench.settings
 
-    def on_epoch(epoch):
-        if deadline is not None and time.monotonic() > deadline:
-            raise OutOfTime
+    def overdue() -> bool:
+        return deadline is not None and time.monotonic() > deadline
+
+    def point(record: trainer.Record, validation: Any = None) -> Point:
+        variables = trainer.variables(record)
+        if validation is None:
+            validation = bench.validation(variables)
+        accuracy = float(bench.test(variables)) if test else None
+        return Point(float(sj.sparsity(mask_of(record))), float(validation), accuracy)
 
     dense_folder = folder and folder.parent / f"dense-seed{seed}"
-    before = experiment.dense(bench, seed, dense_folder, on_epoch)
-    began = before.initial if method.at_start else before.trained
-    loop_epochs = settings.epochs * (1 - method.tune)
-    loop_epochs -= 0 if method.at_start else settings.dense_epochs
-    steps = int(loop_epochs * bench.epoch)
+    dense = experiment.dense(bench, seed, dense_folder, overdue)
+    plan = _plan(bench, method, strength, dense)
+    state, history, curve = plan.pruning.init(plan.start), [], []
+    if folder is not None and (found := checkpoints.restore(folder, state)):
+        _, state, log = found
+        history = [sj.check_from_json(line) for line in log["history"]]
+        curve = [Point(*each) for each in log["curve"]]
+    saved = time.monotonic()
+
+    def on_check(state: sj.PruningState, check: sj.Check) -> None:
+        nonlocal saved
+        history.append(check)
+        smaller = not curve or 1 - check.sparsity <= SMALLER * (1 - curve[-1].sparsity)
+        if method.bounded and check.met_bound and smaller:
+            curve.append(point(state.good, check.metric))
+        due = overdue() or plan.pruning.done(state) or time.monotonic() > saved + CHECKPOINT
+        if folder is not None and due:
+            lines = [sj.check_to_json(each) for each in history]
+            checkpoints.save(folder, check.check, state, {"history": lines, "curve": curve})
+            saved = time.monotonic()
+        if overdue():
+            raise OutOfTime
+
+    state, _ = sj.run_pruning(plan.pruning, state, on_check=on_check, progress_bar=progress_bar)
+    record = state.current
+    if method.bounded:
+        record = state.good
+        curve.append(point(record, state.progress.good_metric))
+    began = time.perf_counter()
+    record = _tuned(bench, method, record)
+    seconds = sum(check.seconds for check in history) + time.perf_counter() - began
+    return Run(
+        record,
+        dense.trained,
+        mask_of(record),
+        history,
+        curve,
+        point(dense.trained),
+        point(record),
+        seconds,
+    )
+
+
+def mask_of(record: trainer.Record) -> Any:
+    """The pruning mask that a record holds; all True for one without optimizer state."""
+    if record.opt_state == ():
+        return sj.full_mask(record.params)
+    return sj.held_mask(record.params, record.opt_state)
+
+
+def _plan(bench: Experiment, method: Method, strength: float, dense: Dense) -> Plan:
+    settings = bench.settings
+    epochs = settings.epochs - round(settings.epochs * method.tune)
+    if method.at_start is None:
+        epochs -= settings.dense_epochs
+    steps = epochs * bench.epoch
     interval = max(1, steps // ROUNDS if method.rewind else settings.interval)
     checks = max(1, steps // interval)
 
@@ -98,7 +159,7 @@ def sparsify(
     train = bench.trainer(tx, interval, method.smoothing)
     if method.rewind:
         # The first round is the dense training, which is done.
-        train, checks = _rewinding(train, tx, before), checks + 1
+        train, checks = _rewinding(train, tx, dense.early), checks + 1
     pruning = sj.iterative_pruning(
         tx,
         train,
@@ -108,102 +169,48 @@ def sparsify(
         max_checks=checks,
         steps_per_check=interval,
         mask=sj.every_parameter,
-        recovery=method.recovery,
+        recovery=None if method.recovery is None else max(1, round(method.recovery * checks)),
         view=trainer.variables,
     )
-    record = began._replace(opt_state=tx.init(began.params))
-    if method.at_start:
-        mask = method.at_start(_gradients(bench, began), began.params, strength)
-        params, opt_state = sj.prune(tx, record.params, record.opt_state, mask)
-        record = record._replace(params=params, opt_state=opt_state)
-    state, history, curve = pruning.init(record), [], []
-    if folder is not None and (found := checkpoints.restore(folder, state)):
-        _, state, log = found
-        history = [sj.check_from_json(line) for line in log["history"]]
-        curve = [Point(*point) for point in log["curve"]]
-
-    def point(record: trainer.Record, validation: Any = None) -> Point:
-        variables = trainer.variables(record)
-        kept = sum(row.kept for row in sj.summary(record.params, mask_of(record)))
-        size = sum(leaf.size for leaf in jax.tree.leaves(record.params))
-        if validation is None:
-            validation = bench.validation(variables)
-        accuracy = float(bench.test(variables)) if test else None
-        return Point(1 - kept / size, float(validation), accuracy)
-
-    saved = time.monotonic()
-
-    def on_check(state: sj.PruningState, check: sj.Check) -> None:
-        nonlocal saved
-        history.append(check)
-        smaller = not curve or 1 - check.sparsity <= SMALLER * (1 - curve[-1].sparsity)
-        if method.bounded and check.met_bound and smaller:
-            curve.append(point(state.good, check.metric))
-        now = time.monotonic()
-        over = deadline is not None and now > deadline
-        if folder is not None and (over or check.stopped or now > saved + CHECKPOINT):
-            lines = [sj.check_to_json(each) for each in history]
-            checkpoints.save(folder, check.check, state, {"history": lines, "curve": curve})
-            saved = now
-        if over:
-            raise OutOfTime
-
-    state, _ = sj.run_pruning(pruning, state, on_check=on_check, progress_bar=progress_bar)
-
-    clock = time.perf_counter()
-    record = state.good if method.bounded else state.current
-    if method.bounded:
-        curve.append(point(record, state.progress.good_metric))
-    tune_epochs = round(settings.epochs * method.tune)
-    if tune_epochs:
-        falling = optax.cosine_decay_schedule(settings.learning_rate, tune_epochs * bench.epoch)
-        tune_tx = sj.hold_zeros(method.tuner(falling))
-        record, _ = sj.fine_tune(
-            record,
-            tune_tx,
-            bench.trainer(tune_tx, bench.epoch),
-            bench.validation,
-            intervals=tune_epochs,
-            view=trainer.variables,
-        )
-    return Run(
-        record.params,
-        mask_of(record),
-        trainer.variables(record),
-        before.trained.params,
-        history,
-        curve,
-        point(before.trained),
-        point(record),
-        sum(check.seconds for check in history) + time.perf_counter() - clock,
-    )
-
-
-def mask_of(record: trainer.Record) -> Any:
-    """The pruning mask that a record holds; all True for one without optimizer state."""
-    if record.opt_state == ():
-        return sj.full_mask(record.params)
-    return sj.held_mask(record.params, record.opt_state)
+    start = dense.trained if method.at_start is None else dense.initial
+    params, opt_state = start.params, tx.init(start.params)
+    if method.at_start is not None:
+        mask = method.at_start(_gradients(bench, start), params, strength)
+        params, opt_state = sj.prune(tx, params, opt_state, mask)
+    start = start._replace(params=params, opt_state=opt_state)
+    return Plan(interval, checks, tx, pruning, start)
 
 
 def _rewinding(
     train: Callable[[trainer.Record], trainer.Record],
     tx: optax.GradientTransformation,
-    before: experiment.Dense,
+    early: trainer.Record,
 ) -> Callable[[trainer.Record], trainer.Record]:
     """Each round starts from the early weights, those of the pruned entries zero."""
 
-    def round_(record):
+    def one_round(record: trainer.Record) -> trainer.Record:
         mask = mask_of(record)
         if not float(sj.sparsity(mask)):
             return record
-        early = before.early
         params, opt_state = sj.prune(tx, early.params, tx.init(early.params), mask)
         return train(
             record._replace(params=params, opt_state=opt_state, model_state=early.model_state)
         )
 
-    return round_
+    return one_round
+
+
+def _tuned(bench: Experiment, method: Method, record: trainer.Record) -> trainer.Record:
+    epochs = round(bench.settings.epochs * method.tune)
+    if not epochs:
+        return record
+    falling = optax.cosine_decay_schedule(bench.settings.learning_rate, epochs * bench.epoch)
+    tx = sj.hold_zeros(method.tuner(falling))
+    train = bench.trainer(tx, bench.epoch)
+    tuned, _ = sj.fine_tune(
+        record, tx, train, bench.validation, intervals=epochs, view=trainer.variables
+    )
+    return tuned
 
 
 def _gradients(bench: Experiment, record: trainer.Record) -> Any:
