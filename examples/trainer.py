@@ -149,7 +149,9 @@ def _step(forward, tx, batch, smoothing, augment, sharding, images, labels, reco
 
     def loss(params, model_state, images, labels):
         logits, model_state = forward(params, model_state, images)
-        wanted = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+        hard = labels.ndim == 1
+        wanted = jax.nn.one_hot(labels, logits.shape[-1]) if hard else labels
+        wanted = optax.smooth_labels(wanted, smoothing)
         return optax.softmax_cross_entropy(logits, wanted).mean(), model_state
 
     def shuffle(key, order):
