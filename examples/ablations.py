@@ -73,8 +73,8 @@ VARIANTS = {
     "I = 1, smoothing 0.3": DEFAULT._replace(smoothing=0.3),
     "I = 1, never goes back": DEFAULT._replace(recovery=None),
     "I = 1, goes back sooner": DEFAULT._replace(recovery=0.03),
-    "I = 1, fraction 0.06": DEFAULT._replace(propose=fraction(0.06)),
-    "I = 1, fraction 0.1": DEFAULT._replace(propose=fraction(0.1)),
+    "I = 1, fraction 0.04": DEFAULT._replace(propose=fraction(0.04, floor=1)),
+    "I = 1, fraction 0.1": DEFAULT._replace(propose=fraction(0.1, floor=1)),
     "I = 1, tuned 0.2 of the budget": DEFAULT._replace(tune=0.2),
     "I = 1, tuned without L2": DEFAULT._replace(tuner=optax.adam),
 }

@@ -164,6 +164,7 @@ METHODS = {
         1e-3,
         GAMMAS,
         penalty(sj.constant_irrelevance),
+        propose=lambda s, usual, n: sj.fraction_step(1.25 * usual, floor=1),
         recovery=0.085,
         smoothing=0.2,
         tune=0.1,
