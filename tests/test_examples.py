@@ -130,7 +130,8 @@ def test_networks_with_convolutions(tmp_path):
     assert residual["data"] == "cifar10"
 
 
-def test_search_and_choice(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_search_runs_what_is_not_there(tmp_path, monkeypatch):
     settings = experiment.settings("lenet300", "digits")
     few = settings._replace(dense_epochs=1, epochs=10, interval=8, bound=0.02)
     monkeypatch.setitem(search.EXPERIMENTS, "lenet300-digits", few)
@@ -145,6 +146,8 @@ def test_search_and_choice(tmp_path, monkeypatch):
     search.main(["lenet300-digits", "--method", "none", "--out", str(tmp_path)])
     assert search.read(tmp_path / "search-lenet300-digits.jsonl") == lines  # none is run again
 
+
+def test_the_choice_is_the_sparsest_within_a_standard_error():
     some = [(0.9, 0.97), (0.95, 0.96), (0.99, 0.9)]
     some = [
         {"strength": i, "sparsity": share, "validation": metric}
@@ -190,6 +193,7 @@ def test_numbers_of_the_tables():
     assert "99.5 %" not in text
 
 
+@pytest.mark.slow
 def test_tables_and_figures_from_records(tmp_path, capsys):
     run(tmp_path, "--method", "paper", "l2", "--seed", "0", "1")
     tables.main(["--results", str(tmp_path)])
