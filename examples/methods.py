@@ -213,7 +213,7 @@ METHODS = {
     ),
     "one-shot": Method(
         "one-shot magnitude, fine-tuned",
-        0.95,
+        0.965,
         SPARSITIES,
         no_regularizer,
         propose=once,
@@ -222,7 +222,7 @@ METHODS = {
     ),
     "gradual": Method(
         "gradual magnitude pruning, cubic",
-        0.975,
+        0.985,
         (0.95, 0.965, 0.975, 0.98, 0.985, 0.99),
         no_regularizer,
         propose=cubic,
@@ -231,7 +231,7 @@ METHODS = {
     ),
     "lottery": Method(
         "lottery ticket, rewound to the end of epoch 1",
-        0.95,
+        0.965,
         SPARSITIES,
         no_regularizer,
         propose=rounds,
