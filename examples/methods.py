@@ -241,7 +241,7 @@ METHODS = {
     ),
     "snip": Method(
         "SNIP, at initialization",
-        0.95,
+        0.9,
         SPARSITIES,
         no_regularizer,
         propose=never,
