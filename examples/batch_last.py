@@ -45,7 +45,10 @@ def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _max_pool(x: jax.Array) -> jax.Array:
-    """The maximum of each 2 x 2 window; the gradient goes to every entry that equals it."""
+    """The maximum of each 2 x 2 window; entries that equal it share the gradient, as JAX's do.
+
+    The rule is written out because XLA's own takes three times as long on CPUs.
+    """
     return _windows(x).max((2, 4))
 
 
@@ -62,7 +65,8 @@ def _max_pool_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Arr
 def _max_pool_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array]:
     x, largest = saved
     taken = _windows(x) == largest[:, :, None, :, None]
-    return (jnp.where(taken, gradient[:, :, None, :, None], 0).reshape(x.shape),)
+    share = gradient / taken.sum((2, 4), dtype=gradient.dtype)
+    return (jnp.where(taken, share[:, :, None, :, None], 0).reshape(x.shape),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
