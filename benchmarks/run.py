@@ -15,19 +15,16 @@ Milliseconds are shown for accelerators alone: on a shared CPU only ratios say s
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
+
+from examples.hardware import hardware
 
 from . import lenet_epoch, masks, steps
 from .timing import Row
@@ -124,23 +121,6 @@ def markdown(rows: list[Row], milliseconds: bool) -> str:
     lines += [cells(row, milliseconds) for row in rows]
     shown = [i for i, column in enumerate(COLUMNS) if milliseconds or column != "ms"]
     return "\n".join("| " + " | ".join(line[i] for i in shown) + " |" for line in lines)
-
-
-def hardware() -> dict[str, Any]:
-    """Where and with what this runs."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("jax", "jaxlib", "optax", "flax", "numpy")
-        },
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:

@@ -23,21 +23,6 @@ DEFAULT = METHODS["default"]
 GAMMA = 1e-3
 
 
-def scaled(irrelevance, alpha, rms_decay=None, constant=False):
-    """Adam with a coupled term whose gate has another scale."""
-
-    def optimizer(learning_rate, gamma, steps_per_epoch):
-        return sj.selective_adam(
-            learning_rate,
-            strength=2 * gamma if constant else sj.paper_strength(gamma, steps_per_epoch),
-            irrelevance=irrelevance,
-            alpha=alpha,
-            rms_decay=rms_decay,
-        )
-
-    return optimizer
-
-
 def taylor(gradient, weight, scale):
     """exp(-|g w| / alpha): what removing the weight would change, to first order."""
     return sj.exponential_irrelevance(gradient * weight, weight, scale)
@@ -55,28 +40,46 @@ def growing(power):
 
 
 gate, flat = sj.exponential_irrelevance, sj.constant_irrelevance
+
+
+def term(*options, gammas=(GAMMA,), **keywords):
+    """The default with another coupled term, and the gammas to try."""
+    return DEFAULT._replace(optimizer=penalty(*options, **keywords)), gammas
+
+
+def changed(**fields):
+    """The default with something else changed."""
+    return DEFAULT._replace(**fields), (GAMMA,)
+
+
+# By name, the method and its gammas. What weakens the term is also tried with a larger gamma.
 VARIANTS = {
-    "default (I = 1)": DEFAULT,
-    "gate, alpha 1": DEFAULT._replace(optimizer=penalty(gate)),
-    "gate, alpha 0.003": DEFAULT._replace(optimizer=penalty(gate, 3e-3)),
-    "gate, alpha 0.0003": DEFAULT._replace(optimizer=penalty(gate, 3e-4)),
-    "gate, alpha 1 x running rms of g": DEFAULT._replace(optimizer=scaled(gate, 1.0, 0.99)),
-    "gate, alpha 0.1 x running rms of g": DEFAULT._replace(optimizer=scaled(gate, 0.1, 0.99)),
-    "gate on |g w|, alpha 1e-4": DEFAULT._replace(optimizer=scaled(taylor, 1e-4)),
-    "gate on |g w|, alpha 1e-5": DEFAULT._replace(optimizer=scaled(taylor, 1e-5)),
-    "L1 in place of L2": DEFAULT._replace(optimizer=penalty(absolute_value)),
-    "I grows, power 0.5": DEFAULT._replace(optimizer=penalty(growing(0.5))),
-    "I grows, power 1": DEFAULT._replace(optimizer=penalty(growing(1.0))),
-    "I = 1, constant strength": DEFAULT._replace(optimizer=scaled(flat, 1.0, constant=True)),
-    "I = 1, no label smoothing": DEFAULT._replace(smoothing=0.0),
-    "I = 1, smoothing 0.1": DEFAULT._replace(smoothing=0.1),
-    "I = 1, smoothing 0.3": DEFAULT._replace(smoothing=0.3),
-    "I = 1, never goes back": DEFAULT._replace(recovery=None),
-    "I = 1, goes back sooner": DEFAULT._replace(recovery=0.03),
-    "I = 1, fraction 0.04": DEFAULT._replace(propose=fraction(0.04, floor=1)),
-    "I = 1, fraction 0.1": DEFAULT._replace(propose=fraction(0.1, floor=1)),
-    "I = 1, tuned 0.2 of the budget": DEFAULT._replace(tune=0.2),
-    "I = 1, tuned without L2": DEFAULT._replace(tuner=optax.adam),
+    "default": (DEFAULT, (GAMMA, 3e-4)),
+    "no regularizer": (DEFAULT, (0.0,)),
+    "gate, alpha 1": term(gate),
+    "gate, alpha 3e-3": term(gate, 3e-3, gammas=(GAMMA, 3e-3)),
+    "gate, alpha 3e-4": term(gate, 3e-4, gammas=(GAMMA, 1e-2)),
+    "gate, alpha = running rms of g": term(gate, 1.0, rms_decay=0.99),
+    "gate, alpha = 0.1 x running rms of g": term(gate, 0.1, rms_decay=0.99, gammas=(GAMMA, 3e-3)),
+    "gate on |g w|, alpha 1e-4": term(taylor, 1e-4),
+    "gate on |g w|, alpha 1e-5": term(taylor, 1e-5),
+    "L1": term(absolute_value, gammas=(1e-5, 3e-5)),
+    "I grows, power 0.5": term(growing(0.5), gammas=(1e-4, 3e-4)),
+    "constant strength": term(flat, decaying=False, gammas=(2e-4,)),
+    "decoupled": (
+        DEFAULT._replace(optimizer=lambda lr, rate, n: optax.adamw(lr, weight_decay=rate)),
+        (0.03, 0.1),
+    ),
+    "no label smoothing": changed(smoothing=0.0),
+    "label smoothing 0.1": changed(smoothing=0.1),
+    "never goes back": changed(recovery=None),
+    "goes back sooner": changed(recovery=0.03),
+    "fraction 0.04": changed(propose=fraction(0.04, floor=1)),
+    "fraction 0.1": changed(propose=fraction(0.1, floor=1)),
+    "cosine learning rate": changed(cosine=True),
+    "not tuned": changed(tune=0.0),
+    "tuned 0.2 of the budget": changed(tune=0.2),
+    "tuned without L2": changed(tuner=optax.adam),
 }
 
 
@@ -86,13 +89,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its data")
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--gamma", type=float, default=GAMMA)
     parser.add_argument("--out", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
     explore(
         experiment.load(EXPERIMENTS["lenet300-mnist"], options.data_dir),
-        VARIANTS,
-        [(name, options.gamma, seed) for seed in options.seed for name in options.variant],
+        {name: method for name, (method, _) in VARIANTS.items()},
+        [
+            (name, gamma, seed)
+            for seed in options.seed
+            for name in options.variant
+            for gamma in VARIANTS[name][1]
+        ],
         options.out / "ablations.jsonl",
     )
 

@@ -2,12 +2,10 @@
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,8 @@ import sparsereg_jax as sj
 
 from . import experiment, figures, sparsify, trainer
 from .experiment import Experiment, Settings
-from .methods import METHODS
-
-
-def run_folder(out: Path, settings: Settings, method: str, strength: float, seed: int) -> Path:
-    """A folder for the checkpoints of one run."""
-    run = hashlib.sha256(repr((settings, METHODS[method].title)).encode()).hexdigest()[:8]
-    name = f"{method}-{strength:g}-seed{seed}-{run}"
-    return experiment.folder(out, settings) / name
+from .hardware import hardware
+from .methods import METHODS, fingerprint, strength_of
 
 
 def run(
@@ -42,37 +34,43 @@ def run(
     progress_bar: bool = True,
     report: bool = False,
 ) -> dict[str, Any]:
-    """One run and its record, ``OUT/NETWORK-DATASET-METHOD-seedN.json``; see :mod:`.sparsify`."""
-    settings = bench.settings
-    folder = run_folder(out, settings, method, strength, seed)
+    """One run and its record, ``OUT/NETWORK-DATASET-METHOD-seedN.json``; see :mod:`.sparsify`.
+
+    Beside it, in ``OUT/networks``, are the params, a picture, and a line of JSON a check.
+    """
+    settings, row = bench.settings, METHODS[method]
+    identity = hashlib.sha256(repr((settings, fingerprint(row))).encode()).hexdigest()[:8]
+    folder = experiment.folder(out, bench) / f"{method}-{strength:g}-seed{seed}-{identity}"
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     done = sparsify.sparsify(
-        bench,
-        METHODS[method],
-        strength,
-        seed,
-        folder=folder,
-        deadline=deadline,
-        progress_bar=progress_bar,
+        bench, row, strength, seed, folder=folder, deadline=deadline, progress_bar=progress_bar
     )
-    params = done.sparse.params
+    params, model_state = done.sparse.params, done.sparse.model_state
     layers = sj.summary(params, done.mask)
     size, kept = sum(layer.size for layer in layers), sum(layer.kept for layer in layers)
     example = bench.splits.test.images[:1]
-    apply = bench.network.model.apply
-    small = sj.compact(apply, trainer.variables(done.sparse), example)
+
+    def apply(params: Any, images: Any) -> Any:
+        return bench.network.model.apply({**params, **model_state}, images)
+
+    small = sj.compact(apply, params, example)
     stem = f"{settings.network}-{settings.dataset}-{method}-seed{seed}"
-    network = out / "networks" / f"{stem}.safetensors"
-    network.parent.mkdir(parents=True, exist_ok=True)
-    sj.save_sparse(network, params)
+    beside = out / "networks" / stem
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    network = beside.with_suffix(".safetensors")
+    sj.save_sparse(network, trainer.variables(done.sparse))
+    lines = [sj.check_to_json(check) + "\n" for check in done.history]
+    beside.with_suffix(".jsonl").write_text("".join(lines))
     record = {
         "experiment": f"{settings.network}-{settings.dataset}",
         "data": bench.splits.title,
         "method": method,
+        "fingerprint": fingerprint(row),
         "strength": strength,
         "seed": seed,
         "settings": settings._asdict(),
+        "bound": done.bound,
         "image_shape": list(example.shape[1:]),
         "sparsity": 1 - kept / size,
         "parameters": size,
@@ -96,16 +94,14 @@ def run(
         "seconds": done.seconds,
         **hardware(),
     }
-    path = out / f"{stem}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
     title = (
-        f"{settings.network}, {bench.splits.title}, {METHODS[method].title}, seed {seed}:"
+        f"{settings.network}, {bench.splits.title}, {row.title}, seed {seed}:"
         f" {record['sparsity']:.2%} sparse,"
         f" test error {record['test_error']:.2f} % ({record['dense_test_error']:.2f} % dense)"
     )
     figures.report(
-        title, done.history, settings.bound, done.dense.params, params, done.mask, example[0]
-    ).savefig(out / "networks" / f"{stem}.png")
+        title, done.history, done.bound, done.dense.params, params, done.mask, example[0]
+    ).savefig(beside.with_suffix(".png"))
     if report:
         sj.write_report(
             out / f"report-{stem}",
@@ -116,30 +112,17 @@ def run(
             fn=apply,
             inputs=(example,),
             history=done.history,
-            bound=settings.bound,
+            bound=done.bound,
             compacted=small,
         )
+    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
     return record
 
 
 def error(point: sparsify.Point) -> float:
     """Test error in per cent."""
     return 100 * (1 - (point.test or 0.0))
-
-
-def hardware() -> dict[str, Any]:
-    """Where and with what a record was made."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("jax", "optax", "flax", "numpy")
-        },
-    }
 
 
 def show(console: Console, record: dict[str, Any]) -> None:
@@ -220,27 +203,38 @@ def main(
     parser.add_argument("--strength", type=float, help="the method's own number")
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="take a run up where it was cut off (dense networks are always kept)",
+    )
     parser.add_argument("--minutes", type=float, help="stop with a checkpoint after so many")
     parser.add_argument(
         "--report", action="store_true", help="write a page on each network into OUT/report-*"
     )
-    for name, kind in Settings.__annotations__.items():
-        if name not in ("network", "dataset"):
-            parser.add_argument(
-                f"--{name.replace('_', '-')}",
-                **(
-                    {"action": "store_true", "default": None}
-                    if kind is bool
-                    else {"type": kind if kind in (int, float) else int}
-                ),
-                help="in place of the experiment's",
-            )
+    usual = experiment.settings(network, dataset)
+    for name, hint in typing.get_type_hints(Settings).items():
+        kind = next(kind for kind in (*typing.get_args(hint), hint) if kind is not type(None))
+        flag, text = f"--{name.replace('_', '-')}", f"(default: {getattr(usual, name)})"
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=text)
+        elif name not in ("network", "dataset"):
+            parser.add_argument(flag, type=kind, help=text)
     options = parser.parse_args(arguments)
     settings = experiment.settings(network, options.dataset)
     changes = {name: getattr(options, name) for name in settings._fields if name in options}
-    changes.pop("dataset")
     settings = settings._replace(**{k: v for k, v in changes.items() if v is not None})
+    if options.strength is not None:
+        _check_strength(parser, options.method, options.strength)
+    try:
+        strengths = {
+            method: strength_of(method, network, options.dataset)
+            if options.strength is None
+            else options.strength
+            for method in options.method
+        }
+    except ValueError as wrong:
+        parser.error(str(wrong))
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
 
     console = Console()
@@ -248,21 +242,23 @@ def main(
     records = []
     try:
         for method in options.method:
-            strength = METHODS[method].strength if options.strength is None else options.strength
             for seed in options.seed:
-                records.append(
-                    run(
+                try:
+                    record = run(
                         bench,
                         method,
-                        strength,
+                        strengths[method],
                         seed,
                         options.out,
                         resume=options.resume,
                         deadline=deadline,
                         report=options.report,
                     )
-                )
-                show(console, records[-1])
+                except sj.PruningError as wrong:  # a dense network below the bound, say
+                    console.print(f"{method}, seed {seed}: {wrong}", style="red")
+                    continue
+                records.append(record)
+                show(console, record)
     except experiment.OutOfTime:
         console.print("The time is up: the same command with --resume goes on.")
     if len(records) > 1:
@@ -271,3 +267,14 @@ def main(
         f"Records are in {options.out}/, networks and pictures in {options.out}/networks/."
     )
     return records
+
+
+def _check_strength(parser: argparse.ArgumentParser, methods: list[str], strength: float) -> None:
+    if len(methods) > 1:
+        parser.error("--strength is one method's own number; give one --method with it.")
+    (method,) = methods
+    if len(METHODS[method].strengths) == 1 and strength not in METHODS[method].strengths:
+        parser.error(f"--strength: {method} is a preset; --method gate has a gamma of its own.")
+    if strength < 0 or (not METHODS[method].bounded and not 0 < strength < 1):
+        allowed = "at least 0" if METHODS[method].bounded else "a sparsity, in (0, 1)"
+        parser.error(f"--strength {strength:g}: of {method} it is {allowed}.")

@@ -43,14 +43,14 @@ def load(name: str, data_dir: str | Path | None = None, validation: int | None =
 
     Raises:
       ImportError: the data set is not prepared, or not as ArrayRecord, and TensorFlow is missing.
-      ValueError: ``validation`` leaves no training images.
+      ValueError: ``validation`` leaves no training images, or a file holds another data set.
     """
     if name == "digits":
         images, labels, test_images, test_labels = _digits()
         title = name
         validation = 600 if validation is None else validation
     elif data_dir is not None and Path(data_dir).suffix == ".npz":
-        images, labels, test_images, test_labels, title = _packed(Path(data_dir))
+        images, labels, test_images, test_labels, title = _packed(Path(data_dir), name)
         validation = 5000 if validation is None else validation
     else:
         images, labels, title = _tfds(name, "train", data_dir)
@@ -132,7 +132,7 @@ def table_name(name: str, file: bytes) -> str:
     return name + (", JPEG copy" if copy else "")
 
 
-def _packed(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
+def _packed(path: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
     """What :mod:`examples.pack` wrote."""
 
     def part(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -141,4 +141,10 @@ def _packed(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray,
         return images.astype(np.float32), file[f"{split}_labels"]
 
     with np.load(path) as file:
+        if "name" not in file or str(file["name"]) != name:
+            held = repr(str(file["name"])) if "name" in file else "no data set"
+            raise ValueError(
+                f"data_dir: {path} holds {held}, not {name!r}. Write the file with"
+                f" python -m examples.pack {name} FILE.npz."
+            )
         return *part("train"), *part("test"), str(file["title"])

@@ -17,7 +17,7 @@ class Settings(NamedTuple):
 
     network: str  # "lenet300", "lenet5" or "resnet32"
     dataset: str  # "digits", or a tensorflow-datasets name
-    bound: float  # of the accuracy on the validation images
+    bound: float | None  # of the accuracy on validation images; None: 0.5 % below the dense one's
     dense_epochs: int
     epochs: int  # in all: dense, loop and tuning
     interval: int = 250  # steps between two checks
@@ -103,6 +103,10 @@ class Dense(NamedTuple):
 def load(settings: Settings, data_dir: str | Path | None = None) -> Experiment:
     """Reads the data and makes the network, in the form that is fastest on this device."""
     splits = data.load(settings.dataset, data_dir, settings.validation)
+    if settings.batch > len(splits.train.labels):
+        raise ValueError(
+            f"batch: {settings.batch} is more than the {len(splits.train.labels)} training images."
+        )
     if settings.train_images is not None:
         few = data.Images(*(part[: settings.train_images] for part in splits.train))
         splits = splits._replace(train=few)
@@ -123,13 +127,14 @@ def settings(network: str, dataset: str) -> Settings:
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
     usual = {"lenet300": "mnist", "lenet5": "mnist", "resnet32": "cifar10"}[network]
-    return EXPERIMENTS[f"{network}-{usual}"]._replace(dataset=dataset)
+    return EXPERIMENTS[f"{network}-{usual}"]._replace(dataset=dataset, bound=None)
 
 
-def folder(out: Path, settings: Settings) -> Path:
+def folder(out: Path, bench: Experiment) -> Path:
     """The folder for checkpoints of all runs that start from the same dense networks."""
-    dense = settings._replace(bound=0.0, epochs=0, interval=0, fraction=0.0)
-    digest = hashlib.sha256(repr(dense).encode()).hexdigest()[:8]
+    settings = bench.settings
+    shared = settings._replace(bound=0.0, epochs=0, interval=0, fraction=0.0)
+    digest = hashlib.sha256(repr((shared, bench.splits.title)).encode()).hexdigest()[:8]
     return out / "checkpoints" / f"{settings.network}-{settings.dataset}-{digest}"
 
 

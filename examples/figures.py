@@ -129,7 +129,7 @@ def _tradeoff(axes, records, colors):
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_xlabel("compression: all parameters / kept parameters")
-    axes.set_ylabel("test error, %")
+    axes.set_ylabel("test error, % (curves: before tuning)")
     wrong = [dense, *(y for _, y in ends)]
     axes.set_ylim(0.9 * min(wrong), max(1.1 * dense, min(1.1 * max(wrong), 2.5 * dense)))
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")

@@ -1,23 +1,26 @@
 r"""All image experiments: every run, then the tables. Resumable; what is there is not run again.
 
     python -m examples.reproduce --data-dir DIR                  # seven hours on two cores
-    python -m examples.reproduce --data-dir DIR --part 0 2 &     # or two at once, each
-    python -m examples.reproduce --data-dir DIR --part 1 2       # on one of the cores
+    python -m examples.reproduce --data-dir DIR --part 0 2 &     # or two at once, even
+    python -m examples.reproduce --data-dir DIR --part 1 2       # and odd seeds
     python -m examples.reproduce --data-dir DIR --five-seeds     # all of them, for a GPU
 
-Runs are taken in an order in which the tables fill evenly. The strengths of the methods are those
-written in examples/methods.py, chosen by examples.search; this command does not choose anew.
+Runs are taken in an order in which the tables fill evenly. The strengths are those written in
+examples/methods.py; this command does not choose anew. --five-seeds runs every method that has one.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
 from rich.console import Console
 
+import sparsereg_jax as sj
+
 from . import command, experiment, tables
-from .experiment import EXPERIMENTS
-from .methods import METHODS
+from .experiment import EXPERIMENTS, Settings
+from .methods import METHODS, STRENGTHS, fingerprint
 
 FOUR = ("default", "paper", "l2", "none")
 FIVE = ("default", "paper", "gate", "l2", "none")
@@ -33,7 +36,7 @@ PLAN = [
 def runs(five_seeds: bool) -> list[tuple[str, str, int]]:
     """Experiment, method and seed of every run, first seeds first."""
     if five_seeds:
-        plan = [(name, tuple(METHODS), 5) for name in EXPERIMENTS if "digits" not in name]
+        plan = [(name, tuple(STRENGTHS[name]), 5) for name in EXPERIMENTS if "digits" not in name]
     else:
         plan = PLAN
     found = [
@@ -59,24 +62,41 @@ def main(arguments: list[str] | None = None) -> None:
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     console = Console()
     part, parts = options.part
-    benches: dict[str, experiment.Experiment] = {}
+    bench = None
     try:
-        for name, method, seed in runs(options.five_seeds)[part::parts]:
-            done = (options.out / f"{name}-{method}-seed{seed}.json").exists()
-            if done or name not in options.experiment or method not in options.method:
+        for name, method, seed in runs(options.five_seeds):
+            # By seed: the runs of a seed share a dense network, which only one process may write.
+            skipped = name not in options.experiment or method not in options.method
+            if skipped or seed % parts != part:
                 continue
-            if name not in benches:
-                benches = {name: experiment.load(EXPERIMENTS[name], options.data_dir)}
+            settings = EXPERIMENTS[name]
+            strength = STRENGTHS[name][method]
+            if _done(options.out / f"{name}-{method}-seed{seed}.json", settings, method, strength):
+                continue
+            if bench is None or bench.settings != settings:
+                bench = experiment.load(settings, options.data_dir)
             console.print(f"{name}, {METHODS[method].title}, seed {seed}")
-            strength = METHODS[method].strength
-            record = command.run(
-                benches[name], method, strength, seed, options.out, resume=True, deadline=deadline
-            )
+            try:
+                record = command.run(
+                    bench, method, strength, seed, options.out, resume=True, deadline=deadline
+                )
+            except sj.PruningError as wrong:
+                console.print(str(wrong), style="red")
+                continue
             command.show(console, record)
     except experiment.OutOfTime:
         console.print("The time is up: the same command goes on.")
     if part == 0:
         tables.main(["--results", str(options.out)])
+
+
+def _done(path: Path, settings: Settings, method: str, strength: float) -> bool:
+    """Whether there is a record of just this run."""
+    if not path.exists():
+        return False
+    record = json.loads(path.read_text())
+    wanted = (settings._asdict(), fingerprint(METHODS[method]), strength)
+    return (record["settings"], record["fingerprint"], record["strength"]) == wanted
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 r"""Each method's own strength, chosen on validation images at a third of the budget.
 
-    python -m examples.search lenet300-mnist --data-dir DIR                 # all methods
-    python -m examples.search lenet300-mnist --data-dir DIR --method l1     # one
+    python -m examples.search lenet300-mnist --data-dir DIR --epochs 86
+    python -m examples.search lenet300-mnist --data-dir DIR --epochs 86 --method l1
 
 Seed 0, six strengths a method. A line a run goes to results/search-EXPERIMENT.jsonl; what is there
-is not run again. The test images are never looked at. On one core of two, LeNet-300-100: half a
-minute a run.
+is not run again. The test images are never looked at. LeNet-300-100 takes 30 to 90 seconds a run on
+one of two busy cores. What is printed at the end goes into STRENGTHS in examples/methods.py.
 """
 
 import argparse
@@ -27,6 +27,8 @@ from .sparsify import sparsify
 def chosen(lines: list[dict[str, Any]], bound: float, validation: int) -> float:
     """The strength to go on with: the sparsest that meets the bound, or the most accurate.
 
+    Of two that are equally sparse it is the stronger.
+
     Args:
       lines: the runs of one method.
       bound: the experiment's, which the network at the end must meet within one standard error.
@@ -37,12 +39,9 @@ def chosen(lines: list[dict[str, Any]], bound: float, validation: int) -> float:
     """
     lowest = bound - math.sqrt(bound * (1 - bound) / validation)
     met = [line for line in lines if line["validation"] >= lowest]
-    best = (
-        max(met, key=lambda line: line["sparsity"])
-        if met
-        else max(lines, key=lambda line: line["validation"])
-    )
-    return best["strength"]
+    if met:
+        return max(met, key=lambda line: (line["sparsity"], line["strength"]))["strength"]
+    return max(lines, key=lambda line: line["validation"])["strength"]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -64,21 +63,28 @@ def explore(
       runs: (method, strength, seed).
       path: a line of JSON a run is added to it; the dense networks are kept beside it.
     """
-    done = {(line["method"], line["strength"], line["seed"]) for line in read(path)}
+    epochs = bench.settings.epochs
+    done = {
+        (line["method"], line["strength"], line["seed"], line["epochs"], line["version"])
+        for line in read(path)
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, strength, seed in (bar := tqdm(runs, unit="run")):
-        if (name, strength, seed) in done:
+        method = methods[name]
+        if (name, strength, seed, epochs, method.version) in done:
             continue
         bar.set_postfix_str(f"{name} {strength:g} seed {seed}")
-        kept = experiment.folder(path.parent, bench.settings)
-        folder = kept / f"{path.stem}-{name}-{strength:g}-seed{seed}"
-        out = sparsify(bench, methods[name], strength, seed, test=False, folder=folder)
+        kept = experiment.folder(path.parent, bench)
+        folder = kept / f"{path.stem}-{epochs}-{name}-{strength:g}-seed{seed}"
+        shutil.rmtree(folder, ignore_errors=True)
+        out = sparsify(bench, method, strength, seed, test=False, folder=folder)
         shutil.rmtree(folder, ignore_errors=True)
         line = {
             "method": name,
             "strength": strength,
             "seed": seed,
-            "epochs": bench.settings.epochs,
+            "epochs": epochs,
+            "version": method.version,
             "sparsity": out.after.sparsity,
             "validation": out.after.validation,
             "dense_validation": out.before.validation,
@@ -96,17 +102,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its data")
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--epochs", type=int, help="in all (default: a third of the loop's)")
     parser.add_argument("--out", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
     settings = EXPERIMENTS[options.experiment]
-    settings = settings._replace(epochs=settings.epochs // 3)
+    loop = settings.epochs - settings.dense_epochs
+    epochs = settings.dense_epochs + loop // 3 if options.epochs is None else options.epochs
+    settings = settings._replace(epochs=epochs)
     runs = [(name, strength, 0) for name in options.method for strength in METHODS[name].strengths]
-    explore(
-        experiment.load(settings, options.data_dir),
-        METHODS,
-        runs,
-        options.out / f"search-{options.experiment}.jsonl",
-    )
+    path = options.out / f"search-{options.experiment}.jsonl"
+    bench = experiment.load(settings, options.data_dir)
+    explore(bench, METHODS, runs, path)
+    for name in options.method:
+        lines = [line for line in read(path) if line["method"] == name]
+        if settings.bound is not None:
+            number = chosen(lines, settings.bound, len(bench.splits.validation.labels))
+            print(f"{name}: {number:g}")
 
 
 if __name__ == "__main__":

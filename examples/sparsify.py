@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import sparsereg_jax as sj
@@ -37,17 +38,8 @@ class Run(NamedTuple):
     curve: list[Point]  # of networks that met the bound, sparser and sparser
     before: Point  # the dense network
     after: Point  # the end
+    bound: float
     seconds: float  # of the loop and the tuning
-
-
-class Plan(NamedTuple):
-    """A method's loop within the budget."""
-
-    interval: int  # steps between two checks
-    checks: int
-    tx: optax.GradientTransformation
-    pruning: sj.IterativePruning
-    start: trainer.Record
 
 
 def sparsify(
@@ -79,6 +71,8 @@ def sparsify(
 
     Raises:
       OutOfTime: the deadline has passed.
+      ValueError: the budget leaves no time for the loop.
+      PruningError: (a ValueError) the dense network misses the bound.
     """
 
     def overdue() -> bool:
@@ -91,10 +85,11 @@ def sparsify(
         accuracy = float(bench.test(variables)) if test else None
         return Point(float(sj.sparsity(mask_of(record))), float(validation), accuracy)
 
+    interval, checks = _budget(bench, method)
     dense_folder = folder and folder.parent / f"dense-seed{seed}"
     dense = experiment.dense(bench, seed, dense_folder, overdue)
-    plan = _plan(bench, method, strength, dense)
-    state, history, curve = plan.pruning.init(plan.start), [], []
+    pruning, start = _loop(bench, method, strength, dense, interval, checks)
+    state, history, curve = pruning.init(start), [], []
     if folder is not None and (found := checkpoints.restore(folder, state)):
         _, state, log = found
         history = [sj.check_from_json(line) for line in log["history"]]
@@ -106,8 +101,8 @@ def sparsify(
         history.append(check)
         smaller = not curve or 1 - check.sparsity <= SMALLER * (1 - curve[-1].sparsity)
         if method.bounded and check.met_bound and smaller:
-            curve.append(point(state.good, check.metric))
-        due = overdue() or plan.pruning.done(state) or time.monotonic() > saved + CHECKPOINT
+            curve.append(point(state.good, state.progress.good_metric))
+        due = overdue() or pruning.done(state) or time.monotonic() > saved + CHECKPOINT
         if folder is not None and due:
             lines = [sj.check_to_json(each) for each in history]
             checkpoints.save(folder, check.check, state, {"history": lines, "curve": curve})
@@ -115,7 +110,7 @@ def sparsify(
         if overdue():
             raise OutOfTime
 
-    state, _ = sj.run_pruning(plan.pruning, state, on_check=on_check, progress_bar=progress_bar)
+    state, _ = sj.run_pruning(pruning, state, on_check=on_check, progress_bar=progress_bar)
     record = state.current
     if method.bounded:
         record = state.good
@@ -131,26 +126,49 @@ def sparsify(
         curve,
         point(dense.trained),
         point(record),
+        float(state.progress.bound),
         seconds,
     )
 
 
 def mask_of(record: trainer.Record) -> Any:
-    """The pruning mask that a record holds; all True for one without optimizer state."""
+    """What a record keeps; everything for one without optimizer state.
+
+    A proximal step makes zeros that no pruning has sealed: they count as zeros too.
+    """
     if record.opt_state == ():
         return sj.full_mask(record.params)
-    return sj.held_mask(record.params, record.opt_state)
+    held = sj.held_mask(record.params, record.opt_state)
+    return jax.tree.map(lambda keep, leaf: keep & (leaf != 0), held, record.params)
 
 
-def _plan(bench: Experiment, method: Method, strength: float, dense: Dense) -> Plan:
+def _budget(bench: Experiment, method: Method) -> tuple[int, int]:
+    """The steps between two checks of a method's loop, and how many checks there are."""
     settings = bench.settings
     epochs = settings.epochs - round(settings.epochs * method.tune)
     if method.at_start is None:
         epochs -= settings.dense_epochs
     steps = epochs * bench.epoch
-    interval = max(1, steps // ROUNDS if method.rewind else settings.interval)
-    checks = max(1, steps // interval)
+    interval = steps // ROUNDS if method.rewind else settings.interval
+    if not 0 < interval <= steps:
+        raise ValueError(
+            f"epochs: of {settings.epochs}, {settings.dense_epochs} are for the dense network and"
+            f" {round(settings.epochs * method.tune)} for tuning, which leaves {steps} steps for"
+            f" the loop: less than one interval of {interval}. Raise epochs or lower interval."
+        )
+    return interval, steps // interval
 
+
+def _loop(
+    bench: Experiment,
+    method: Method,
+    strength: float,
+    dense: Dense,
+    interval: int,
+    checks: int,
+) -> tuple[sj.IterativePruning, trainer.Record]:
+    """A method's loop, and the record that it starts from."""
+    settings = bench.settings
     rate: optax.ScalarOrSchedule = settings.learning_rate
     if method.cosine:
         length = interval if method.rewind else checks * interval
@@ -159,13 +177,13 @@ def _plan(bench: Experiment, method: Method, strength: float, dense: Dense) -> P
     train = bench.trainer(tx, interval, method.smoothing)
     if method.rewind:
         # The first round is the dense training, which is done.
-        train, checks = _rewinding(train, tx, dense.early), checks + 1
+        train, checks = rewinding(train, tx, dense.early), checks + 1
     pruning = sj.iterative_pruning(
         tx,
         train,
         bench.validation,
         method.propose(strength, settings.fraction, checks),
-        settings.bound if method.bounded else 0.0,
+        _bound(settings.bound) if method.bounded else 0.0,
         max_checks=checks,
         steps_per_check=interval,
         mask=sj.every_parameter,
@@ -178,10 +196,14 @@ def _plan(bench: Experiment, method: Method, strength: float, dense: Dense) -> P
         mask = method.at_start(_gradients(bench, start), params, strength)
         params, opt_state = sj.prune(tx, params, opt_state, mask)
     start = start._replace(params=params, opt_state=opt_state)
-    return Plan(interval, checks, tx, pruning, start)
+    return pruning, start
 
 
-def _rewinding(
+def _bound(bound: float | None) -> Any:
+    return sj.relative_bound(0.005) if bound is None else bound
+
+
+def rewinding(
     train: Callable[[trainer.Record], trainer.Record],
     tx: optax.GradientTransformation,
     early: trainer.Record,
@@ -189,13 +211,13 @@ def _rewinding(
     """Each round starts from the early weights, those of the pruned entries zero."""
 
     def one_round(record: trainer.Record) -> trainer.Record:
-        mask = mask_of(record)
+        mask = sj.held_mask(record.params, record.opt_state)
         if not float(sj.sparsity(mask)):
             return record
         params, opt_state = sj.prune(tx, early.params, tx.init(early.params), mask)
-        return train(
-            record._replace(params=params, opt_state=opt_state, model_state=early.model_state)
-        )
+        # A copy: train gives its argument's memory away, and the next round needs it again.
+        model_state = jax.tree.map(jnp.copy, early.model_state)
+        return train(record._replace(params=params, opt_state=opt_state, model_state=model_state))
 
     return one_round
 

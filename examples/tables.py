@@ -25,12 +25,23 @@ from .methods import METHODS
 
 
 def read(folder: Path, experiment: str) -> Records:
-    """The records of an experiment, methods in the order of their table, seeds in order."""
+    """The records of an experiment, methods in the order of their table, seeds in order.
+
+    Raises:
+      ValueError: the seeds of a method were run with different settings.
+    """
     found: Records = {}
     for method in METHODS:
         paths = sorted(folder.glob(f"{experiment}-{method}-seed*.json"))
         if paths:
             records = [json.loads(path.read_text()) for path in paths]
+            made_by = {(repr(r["settings"]), r["fingerprint"], r["strength"]) for r in records}
+            if len(made_by) > 1:
+                raise ValueError(
+                    f"{folder}: the records of {experiment}-{method} were not made with the same"
+                    f" settings and strength: {sorted(made_by)}. Keep other settings' records in a"
+                    " folder of their own (--out)."
+                )
             found[method] = sorted(records, key=lambda record: record["seed"])
     return found
 
@@ -92,7 +103,7 @@ def comparison(records: Records, levels: Sequence[float]) -> str:
         [run for run in records[method] if run["seed"] in seeds] for method in (ours, "l2")
     )
     lines = [
-        f"Gate minus I ≡ 1, paired over {len(seeds)} seeds: mean, 95 % interval, p",
+        f"Gate minus I ≡ 1, paired over {len(seeds)} seeds: mean ± 95 %, p of a row alone",
         "",
         "| | difference | p |",
         "|---|---:|---:|",
@@ -107,13 +118,19 @@ def comparison(records: Records, levels: Sequence[float]) -> str:
         [100 * run["sparsity"] for run in gate],
         [100 * run["sparsity"] for run in flat],
     )
+    row(
+        "at the same bound: kept weights, per cent (difference of logarithms)",
+        [100 * float(np.log(run["kept"])) for run in gate],
+        [100 * float(np.log(run["kept"])) for run in flat],
+    )
     for level in levels:
         pairs = [
             (at_sparsity(a, level), at_sparsity(b, level)) for a, b in zip(gate, flat, strict=True)
         ]
         pairs = [pair for pair in pairs if np.isfinite(pair).all()]
         if len(pairs) > 1:
-            name = f"at {100 * level:g} % sparsity ({len(pairs)} pairs): test error, points"
+            both = f"{len(pairs)} of {len(seeds)} pairs reach it"
+            name = f"at {100 * level:g} % sparsity ({both}): test error, points"
             row(name, *zip(*pairs, strict=True))
     return "\n".join(lines)
 

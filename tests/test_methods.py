@@ -1,13 +1,18 @@
 """The rows of the table: each regularizer against NumPy, each schedule against its formula."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import sparsereg_jax as sj
-from examples import methods
+from examples import methods, search
+from examples.experiment import EXPERIMENTS
 from examples.methods import METHODS
+
+RESULTS = Path(__file__).parent.parent / "results"
 
 G = np.array([[0.3, -0.002, 0.0, 1.5]])
 W = np.array([[0.5, -1.5, 0.0, 1e-3]])
@@ -111,15 +116,32 @@ def test_schedules():
     )
 
 
-def test_snip_keeps_the_largest_products():
+def test_snip_keeps_the_largest_products_and_every_bias():
     random = np.random.default_rng(0)
     g, w = (random.standard_normal((4, 5)).astype(np.float32) for _ in range(2))
-    mask = methods.snip({"w": jnp.asarray(g)}, {"w": jnp.asarray(w)}, 0.75)
-    largest = np.sort(np.abs(g * w).ravel())[-5]
+    gradients = {"w": jnp.asarray(g), "b": jnp.ones(4)}
+    mask = methods.snip(gradients, {"w": jnp.asarray(w), "b": jnp.zeros(4)}, 0.5)
+    largest = np.sort(np.abs(g * w).ravel())[-8]  # 12 of all 24 go
     np.testing.assert_array_equal(mask["w"], np.abs(g * w) >= largest)
+    assert mask["b"].all()
 
 
-def test_every_method_has_six_strengths_and_one_of_them_is_taken():
+def test_strengths_are_those_that_were_chosen():
     for name, method in METHODS.items():
         assert len(set(method.strengths)) >= (1 if name == "paper" else 6), name
-        assert method.strength in method.strengths, name
+        assert methods.STRENGTHS["lenet300-mnist"][name] in method.strengths, name
+    with pytest.raises(ValueError, match=r"none was chosen for 'l1' on lenet5.*'paper'"):
+        methods.strength_of("l1", "lenet5", "mnist")
+    assert (
+        methods.strength_of("none", "lenet5", "kmnist") == methods.STRENGTHS["lenet5-mnist"]["none"]
+    )
+    bound = EXPERIMENTS["lenet300-mnist"].bound
+    by_method = {}
+    for line in search.read(RESULTS / "search-lenet300-mnist.jsonl"):
+        assert line["version"] == METHODS[line["method"]].version
+        by_method.setdefault(line["method"], []).append(line)
+    assert set(by_method) == set(METHODS) - {"paper", "default"}
+    for name, lines in by_method.items():
+        assert len(lines) >= 6
+        wanted = search.chosen(lines, bound, validation=5000)
+        assert methods.STRENGTHS["lenet300-mnist"][name] == wanted, name
