@@ -50,8 +50,9 @@ def test_lenet_on_digits(tmp_path, capsys):
     assert result["settings"]["bound"] == 0.02
     assert result["strength"] == STRENGTHS["lenet300-digits"]["default"]
     reached = [point[0] for point in result["curve"]]
-    assert all(np.isclose(share, shares, rtol=0, atol=2e-6).any() for share in reached)
-    assert reached[0] == 0
+    # A few weights are 0 before anything is pruned: biases of units that never were active.
+    assert all(np.isclose(share, shares, rtol=0, atol=1e-3).any() for share in reached)
+    assert reached[0] < 1e-3
     assert reached[-1] == pytest.approx(shares[-1], abs=2e-6)
     kept = 1 - np.array(reached[:-1])
     assert (kept[1:] <= 0.9 * kept[:-1] + 1e-6).all()
