@@ -22,6 +22,24 @@ from .hardware import hardware
 from .methods import METHODS, fingerprint, strength_of
 
 
+def stem(settings: Settings, method: str, seed: int) -> str:
+    """What the files of a run are called."""
+    return f"{settings.network}-{settings.dataset}-{method}-seed{seed}"
+
+
+def recorded(
+    out: Path, settings: Settings, method: str, strength: float, seed: int
+) -> dict[str, Any] | None:
+    """The record of just this run, with these settings; None where there is none."""
+    path = out / f"{stem(settings, method, seed)}.json"
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    wanted = (settings._asdict(), fingerprint(METHODS[method]), strength)
+    found = (record["settings"], record["fingerprint"], record["strength"])
+    return record if found == wanted else None
+
+
 def run(
     bench: Experiment,
     method: str,
@@ -55,8 +73,8 @@ def run(
         return bench.network.model.apply({**params, **model_state}, images)
 
     small = sj.compact(apply, params, example)
-    stem = f"{settings.network}-{settings.dataset}-{method}-seed{seed}"
-    beside = out / "networks" / stem
+    name = stem(settings, method, seed)
+    beside = out / "networks" / name
     beside.parent.mkdir(parents=True, exist_ok=True)
     network = beside.with_suffix(".safetensors")
     sj.save_sparse(network, trainer.variables(done.sparse))
@@ -104,7 +122,7 @@ def run(
     ).savefig(beside.with_suffix(".png"))
     if report:
         sj.write_report(
-            out / f"report-{stem}",
+            out / f"report-{name}",
             params,
             done.mask,
             title=title,
@@ -115,7 +133,7 @@ def run(
             bound=done.bound,
             compacted=small,
         )
-    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     return record
 
@@ -206,7 +224,7 @@ def main(
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="take a run up where it was cut off (dense networks are always kept)",
+        help="take up what was cut off, and leave what has a record (dense networks always stay)",
     )
     parser.add_argument("--minutes", type=float, help="stop with a checkpoint after so many")
     parser.add_argument(
@@ -243,6 +261,10 @@ def main(
     try:
         for method in options.method:
             for seed in options.seed:
+                known = recorded(options.out, settings, method, strengths[method], seed)
+                if options.resume and known is not None:
+                    records.append(known)
+                    continue
                 try:
                     record = run(
                         bench,

@@ -10,7 +10,6 @@ examples/methods.py; this command does not choose anew. --five-seeds runs every 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from rich.console import Console
 import sparsereg_jax as sj
 
 from . import command, experiment, tables
-from .experiment import EXPERIMENTS, Settings
-from .methods import METHODS, STRENGTHS, fingerprint
+from .experiment import EXPERIMENTS
+from .methods import METHODS, STRENGTHS
 
 FOUR = ("default", "paper", "l2", "none")
 FIVE = ("default", "paper", "gate", "l2", "none")
@@ -71,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
                 continue
             settings = EXPERIMENTS[name]
             strength = STRENGTHS[name][method]
-            if _done(options.out / f"{name}-{method}-seed{seed}.json", settings, method, strength):
+            if command.recorded(options.out, settings, method, strength, seed) is not None:
                 continue
             if bench is None or bench.settings != settings:
                 bench = experiment.load(settings, options.data_dir)
@@ -88,15 +87,6 @@ def main(arguments: list[str] | None = None) -> None:
         console.print("The time is up: the same command goes on.")
     if part == 0:
         tables.main(["--results", str(options.out)])
-
-
-def _done(path: Path, settings: Settings, method: str, strength: float) -> bool:
-    """Whether there is a record of just this run."""
-    if not path.exists():
-        return False
-    record = json.loads(path.read_text())
-    wanted = (settings._asdict(), fingerprint(METHODS[method]), strength)
-    return (record["settings"], record["fingerprint"], record["strength"]) == wanted
 
 
 if __name__ == "__main__":

@@ -115,6 +115,9 @@ def test_cut_off_and_resumed_is_the_same(method, tmp_path, capsys):
     assert stops == 2 + whole["checks"]  # each epoch of the dense network, and each check
     for key in ("kept", "test_error", "validation_accuracy", "curve", "checks"):
         assert found[0][key] == whole[key]
+    # With its record there it is not run again; with other settings it is.
+    assert run(tmp_path / "slices", *few, "--resume", "--minutes", "0") == found
+    assert run(tmp_path / "slices", *few, "--resume", "--minutes", "0", "--interval", "6") == []
 
 
 def test_a_rewound_round_starts_from_the_early_weights():
