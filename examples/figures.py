@@ -37,6 +37,7 @@ def _curve(axes, history, bound):
     axes.axhline(100 * bound, color="0.6", linewidth=1, label="bound")
     axes.plot(compression[met], accuracy[met], ".", color="C0", markersize=4, label="met the bound")
     axes.plot(compression[~met], accuracy[~met], "x", color="C3", markersize=4, label="missed it")
+    axes.set_xlim(0.9 * compression.min(), 1.1 * compression.max())
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_xlabel("compression: all parameters / kept parameters")

@@ -89,7 +89,7 @@ def test_same_seed_same_numbers_and_every_method(tmp_path, capsys):
     assert "mean over seeds" in capsys.readouterr().out
     for result in results:
         if not METHODS[result["method"]].bounded:
-            assert result["sparsity"] == pytest.approx(result["strength"], abs=2e-3)
+            assert result["sparsity"] == pytest.approx(result["strength"], abs=5e-3)
     again = run(tmp_path, "--seed", "1", "--report", epochs="5")
     page = (tmp_path / "report-lenet300-digits-default-seed1" / "report.html").read_text()
     assert f"{again[0]['kept']:,} are kept" in page
@@ -116,7 +116,8 @@ def test_cut_off_and_resumed_is_the_same(method, tmp_path, capsys):
     for key in ("kept", "test_error", "validation_accuracy", "curve", "checks"):
         assert found[0][key] == whole[key]
     # With its record there it is not run again; with other settings it is.
-    assert run(tmp_path / "slices", *few, "--resume", "--minutes", "0") == found
+    (again,) = run(tmp_path / "slices", *few, "--resume", "--minutes", "0")
+    assert again == json.loads(json.dumps(found[0]))
     assert run(tmp_path / "slices", *few, "--resume", "--minutes", "0", "--interval", "6") == []
 
 
@@ -179,7 +180,7 @@ def test_networks_with_convolutions(tmp_path):
     assert residual["compacted"]["parameters"] <= 464_154
     network = tmp_path / "networks" / "resnet32-cifar10-none-seed0.safetensors"
     variables, _ = sj.load_sparse(network)
-    logits = models.ResNet32().apply(variables, data.load("cifar10", tmp_path).test.images)
+    logits = models.ResNet32().apply(variables, data.load("cifar10", tmp_path, validation=10).test.images)
     right = np.mean(np.argmax(np.asarray(logits), 1) == np.arange(20) % 10)
     assert residual["test_error"] == pytest.approx(100 * (1 - right), abs=1e-3)
     # Two rounds, each from the early weights and statistics.
@@ -206,9 +207,9 @@ def test_search_runs_what_is_not_there(tmp_path, monkeypatch):
     lines = search.read(tmp_path / "search-lenet300-digits.jsonl")
     assert [line["strength"] for line in lines] == list(METHODS["none"].strengths)
     assert {line["epochs"] for line in lines} == {1 + (10 - 1) // 3}
-    for line in lines:  # two checks; the second finds what the first has pruned
-        share = line["strength"]
-        assert line["sparsity"] == pytest.approx(share, abs=1e-4)
+    for line in lines:  # three checks; the last finds what two have pruned
+        left = (1 - line["strength"]) ** 2
+        assert line["sparsity"] == pytest.approx(1 - left, abs=1e-4)
     search.main(["lenet300-digits", "--method", "none", "--out", str(tmp_path)])
     assert search.read(tmp_path / "search-lenet300-digits.jsonl") == lines  # none is run again
 
