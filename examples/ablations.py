@@ -1,4 +1,4 @@
-r"""What makes the difference? The library's default with one thing changed, on validation images.
+r"""What makes the difference? Our recipe with one thing changed, on validation images.
 
     python -m examples.ablations --data-dir DIR
 

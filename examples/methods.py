@@ -1,4 +1,4 @@
-"""The paper's method, the library's default and their competitors: rows over one loop.
+"""The paper's method, our recipe and their competitors: rows over one loop.
 
 A method is an optimizer, what to prune at a check, and a few switches of the loop that
 :mod:`examples.sparsify` runs for all of them, so that a table compares these rows and nothing

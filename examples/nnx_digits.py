@@ -31,7 +31,7 @@ class LeNet300(nnx.Module):
         return self.out(nnx.relu(self.second(x)))
 
 
-def main(dense_epochs: int = 40, checks: int = 120) -> tuple[float, float]:
+def main(dense_epochs: int = 40, checks: int = 120, bound: float = 0.97) -> tuple[float, float]:
     """Trains, prunes, and returns the sparsity and the test accuracy."""
     splits = data.load("digits")
     graphdef, params = nnx.split(LeNet300(splits.train.images[0].size, 10, nnx.Rngs(0)))
@@ -50,7 +50,7 @@ def main(dense_epochs: int = 40, checks: int = 120) -> tuple[float, float]:
     tx = sj.hold_zeros(sj.selective_adam(1e-3, strength=sj.paper_strength(3e-4, epoch)))
     train = trainer.trainer(forward, tx, splits.train, batch, steps=40)
     pruning = sj.iterative_pruning(
-        tx, train, evaluate, sj.fraction_step(0.1), bound=0.97, max_checks=checks
+        tx, train, evaluate, sj.fraction_step(0.1), bound, max_checks=checks
     )
     record = record._replace(opt_state=tx.init(record.params))
     state, _ = sj.run_pruning(pruning, pruning.init(record), progress_bar=True)

@@ -14,13 +14,16 @@ from PIL import Image
 
 import sparsereg_jax as sj
 from examples import (
+    ablations,
     data,
     experiment,
     figures,
     lenet5,
     lenet300,
     models,
+    nnx_digits,
     pack,
+    reproduce,
     resnet32,
     search,
     sparsify,
@@ -180,7 +183,9 @@ def test_networks_with_convolutions(tmp_path):
     assert residual["compacted"]["parameters"] <= 464_154
     network = tmp_path / "networks" / "resnet32-cifar10-none-seed0.safetensors"
     variables, _ = sj.load_sparse(network)
-    logits = models.ResNet32().apply(variables, data.load("cifar10", tmp_path, validation=10).test.images)
+    logits = models.ResNet32().apply(
+        variables, data.load("cifar10", tmp_path, validation=10).test.images
+    )
     right = np.mean(np.argmax(np.asarray(logits), 1) == np.arange(20) % 10)
     assert residual["test_error"] == pytest.approx(100 * (1 - right), abs=1e-3)
     # Two rounds, each from the early weights and statistics.
@@ -223,6 +228,37 @@ def test_the_choice_is_the_sparsest_within_a_standard_error():
     assert search.chosen(some, bound=0.965, validation=1000) == 1  # 0.0058 below at the most
     assert search.chosen(some, bound=0.965, validation=10_000) == 0
     assert search.chosen(some, bound=0.99, validation=10_000) == 0
+
+
+def test_runs_of_everything():
+    runs = reproduce.runs(five_seeds=False)
+    assert len(runs) == len(set(runs)) == 5 * 5 + 8 * 2 + 2 * 4 * 3
+    assert [seed for *_, seed in runs] == sorted(seed for *_, seed in runs)
+    assert {method for name, method, _ in runs if name == "lenet300-mnist"} == set(METHODS)
+    many = reproduce.runs(five_seeds=True)
+    assert {name for name, *_ in many} == set(STRENGTHS) - {"lenet300-digits"}
+    assert all(method in STRENGTHS[name] for name, method, _ in (*runs, *many))
+
+
+def test_ablations_change_one_thing():
+    recipe, found = METHODS["default"], []
+    for name, (method, gammas) in ablations.VARIANTS.items():
+        fields = zip(method._fields, method, recipe, strict=True)
+        differing = [field for field, ours, theirs in fields if ours != theirs]
+        assert len(differing) == (0 if name in ("default", "no regularizer") else 1), name
+        found += [{"method": name, "strength": gamma} for gamma in gammas]
+    lines = [line | {"sparsity": 0.5, "validation": 0.25 * i} for line in found for i in (1, 2)]
+    rows = ablations.table(lines).splitlines()[2:]
+    assert len(rows) == len(found)
+    assert rows[0] == "| default | 0.001 | 2 | 50.00 | 37.50 |"
+
+
+@pytest.mark.slow
+def test_nnx():
+    sparsity, accuracy = nnx_digits.main(dense_epochs=2, checks=3, bound=0.1)
+    weights = 64 * 300 + 300 * 100 + 100 * 10  # biases stay
+    assert sparsity == pytest.approx((1 - 0.9**2) * weights / (weights + 410), abs=1e-4)
+    assert accuracy > 0.5
 
 
 def record(method, seed, sparsity, wrong, curve):
