@@ -36,7 +36,7 @@ def recorded(
         return None
     record = json.loads(path.read_text())
     wanted = (settings._asdict(), fingerprint(METHODS[method]), strength)
-    found = (record["settings"], record["fingerprint"], record["strength"])
+    found = (record["settings"], record.get("fingerprint"), record["strength"])
     return record if found == wanted else None
 
 

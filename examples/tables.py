@@ -35,7 +35,7 @@ def read(folder: Path, experiment: str) -> Records:
         paths = sorted(folder.glob(f"{experiment}-{method}-seed*.json"))
         if paths:
             records = [json.loads(path.read_text()) for path in paths]
-            made_by = {(repr(r["settings"]), r["fingerprint"], r["strength"]) for r in records}
+            made_by = {(repr(r["settings"]), r.get("fingerprint"), r["strength"]) for r in records}
             if len(made_by) > 1:
                 raise ValueError(
                     f"{folder}: the records of {experiment}-{method} were not made with the same"
