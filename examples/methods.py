@@ -211,7 +211,7 @@ METHODS = {
         lambda lr, strength, n: optax.adamw(lr, weight_decay=strength),
     ),
     "l1": Method(
-        "L1, subgradient (2 gamma |w|)",
+        "L1, subgradient",
         (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
         penalty(absolute_value),
     ),
