@@ -77,18 +77,17 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
 def table(records: Records) -> str:
     """A row a method, in Markdown."""
     lines = [
-        "| method | strength | seeds | sparsity, % | test error, % | dense, % | compacted |   s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| method | strength | seeds | sparsity, % | test error, % | dense, % | compacted |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for method, runs in records.items():
         sparsity = _pm([100 * run["sparsity"] for run in runs])
         wrong = _pm([run["test_error"] for run in runs])
         dense = np.mean([run["dense_test_error"] for run in runs])
         small = np.mean([run["compacted"]["parameters"] for run in runs])
-        seconds = np.mean([run["seconds"] for run in runs])
         lines.append(
             f"| {METHODS[method].title} | {runs[0]['strength']:g} | {len(runs)} | {sparsity} |"
-            f" {wrong} | {dense:.2f} | {small:,.0f} | {seconds:.0f} |"
+            f" {wrong} | {dense:.2f} | {small:,.0f} |"
         )
     return "\n".join(lines)
 
