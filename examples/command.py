@@ -19,7 +19,7 @@ import sparsereg_jax as sj
 from . import experiment, figures, sparsify, trainer
 from .experiment import Experiment, Settings
 from .hardware import hardware
-from .methods import METHODS, fingerprint, strength_of
+from .methods import METHODS, PRESET_BOUNDS, fingerprint, strength_of
 
 
 def stem(settings: Settings, method: str, seed: int) -> str:
@@ -38,6 +38,14 @@ def recorded(
     wanted = (settings._asdict(), fingerprint(METHODS[method]), strength)
     found = (record["settings"], record.get("fingerprint"), record["strength"])
     return record if found == wanted else None
+
+
+def with_own_bound(settings: Settings, method: str) -> Settings:
+    """The settings of a method: the paper's preset may have a bound of its own."""
+    if method != "paper":
+        return settings
+    bound = PRESET_BOUNDS.get(f"{settings.network}-{settings.dataset}", settings.bound)
+    return settings._replace(bound=bound)
 
 
 def run(
@@ -260,8 +268,10 @@ def main(
     records = []
     try:
         for method in options.method:
+            own = with_own_bound(settings, method) if options.bound is None else settings
+            bench = bench._replace(settings=own)
             for seed in options.seed:
-                known = recorded(options.out, settings, method, strengths[method], seed)
+                known = recorded(options.out, own, method, strengths[method], seed)
                 if options.resume and known is not None:
                     records.append(known)
                     continue

@@ -113,16 +113,17 @@ def comparison(records: Records, masks: dict[str, Any]) -> Figure:
 def _tradeoff(axes, records, colors):
     dense = np.mean([run["dense_test_error"] for runs in records.values() for run in runs])
     axes.axhline(dense, color="0.6", linewidth=1, label="dense")
-    ends = []
+    ends, lowest = [], dense
     for i, (method, runs) in enumerate(records.items()):
         color, marker = colors[method], "o" if i < 10 else "s"
         found = [_curve_of(run) for run in runs]
         curves = [curve for curve in found if curve is not None]
         if curves:
-            lowest = max(curve[0][0] for curve in curves)
-            grid = np.geomspace(lowest, min(curve[0][-1] for curve in curves), 200)
+            least = max(curve[0][0] for curve in curves)
+            grid = np.geomspace(least, min(curve[0][-1] for curve in curves), 200)
             errors = np.array([np.interp(np.log(grid), np.log(x), y) for x, y in curves])
             axes.plot(grid, errors.mean(0), color=color, linewidth=1.4)
+            lowest = min(lowest, errors.mean(0).min())
             axes.fill_between(grid, errors.min(0), errors.max(0), color=color, alpha=0.15)
         points = [(1 / (1 - run["sparsity"]), run["test_error"]) for run in runs]
         axes.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=method)
@@ -131,8 +132,9 @@ def _tradeoff(axes, records, colors):
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_xlabel("compression: all parameters / kept parameters")
     axes.set_ylabel("test error, % (curves: before tuning)")
-    wrong = [dense, *(y for _, y in ends)]
-    axes.set_ylim(0.9 * min(wrong), max(1.1 * dense, min(1.1 * max(wrong), 2.5 * dense)))
+    wrong = [y for _, y in ends]
+    lowest = min(lowest, *wrong)
+    axes.set_ylim(0.95 * lowest, max(1.1 * dense, min(1.1 * max(wrong), 2.5 * dense)))
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 
 

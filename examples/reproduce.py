@@ -61,19 +61,20 @@ def main(arguments: list[str] | None = None) -> None:
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     console = Console()
     part, parts = options.part
-    bench = None
+    loaded: dict[str, experiment.Experiment] = {}
     try:
         for name, method, seed in runs(options.five_seeds):
             # By seed: the runs of a seed share a dense network, which only one process may write.
             skipped = name not in options.experiment or method not in options.method
             if skipped or seed % parts != part:
                 continue
-            settings = EXPERIMENTS[name]
+            settings = command.with_own_bound(EXPERIMENTS[name], method)
             strength = STRENGTHS[name][method]
             if command.recorded(options.out, settings, method, strength, seed) is not None:
                 continue
-            if bench is None or bench.settings != settings:
-                bench = experiment.load(settings, options.data_dir)
+            if name not in loaded:
+                loaded = {name: experiment.load(settings, options.data_dir)}
+            bench = loaded[name]._replace(settings=settings)
             console.print(f"{name}, {METHODS[method].title}, seed {seed}")
             try:
                 record = command.run(
