@@ -201,7 +201,7 @@ METHODS = {
     ),
     "none": Method(
         "no regularizer, the fraction pruned chosen",
-        (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12),
+        (0.01, 0.02, 0.03, 0.04, 0.06, 0.08),
         no_regularizer,
         propose=lambda share, usual, n: sj.fraction_step(share, floor=0),
     ),

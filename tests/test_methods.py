@@ -139,7 +139,8 @@ def test_strengths_are_those_that_were_chosen():
     by_method = {}
     for line in search.read(RESULTS / "search-lenet300-mnist.jsonl"):
         assert line["version"] == METHODS[line["method"]].version
-        by_method.setdefault(line["method"], []).append(line)
+        if line["strength"] in METHODS[line["method"]].strengths:
+            by_method.setdefault(line["method"], []).append(line)
     assert set(by_method) == set(METHODS) - {"paper", "default"}
     for name, lines in by_method.items():
         assert len(lines) >= 6
