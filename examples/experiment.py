@@ -53,6 +53,10 @@ EXPERIMENTS = {
 }
 
 
+# The data set whose settings others of the same network take.
+USUAL = {"lenet300": "mnist", "lenet5": "mnist", "resnet32": "cifar10"}
+
+
 class OutOfTime(Exception):
     """The time was up; the same call with the same folder goes on from the last checkpoint."""
 
@@ -103,13 +107,13 @@ class Dense(NamedTuple):
 def load(settings: Settings, data_dir: str | Path | None = None) -> Experiment:
     """Reads the data and makes the network, in the form that is fastest on this device."""
     splits = data.load(settings.dataset, data_dir, settings.validation)
+    if settings.train_images is not None:
+        few = data.Images(*(part[: settings.train_images] for part in splits.train))
+        splits = splits._replace(train=few)
     if settings.batch > len(splits.train.labels):
         raise ValueError(
             f"batch: {settings.batch} is more than the {len(splits.train.labels)} training images."
         )
-    if settings.train_images is not None:
-        few = data.Images(*(part[: settings.train_images] for part in splits.train))
-        splits = splits._replace(train=few)
     network = _network(settings, splits.classes)
     return Experiment(
         settings,
@@ -126,8 +130,7 @@ def settings(network: str, dataset: str) -> Settings:
     name = f"{network}-{dataset}"
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
-    usual = {"lenet300": "mnist", "lenet5": "mnist", "resnet32": "cifar10"}[network]
-    return EXPERIMENTS[f"{network}-{usual}"]._replace(dataset=dataset, bound=None)
+    return EXPERIMENTS[f"{network}-{USUAL[network]}"]._replace(dataset=dataset, bound=None)
 
 
 def folder(out: Path, bench: Experiment) -> Path:

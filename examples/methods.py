@@ -14,6 +14,8 @@ import optax
 
 import sparsereg_jax as sj
 
+from .experiment import USUAL
+
 Propose = Callable[[sj.Situation], sj.Proposal]
 
 
@@ -92,15 +94,17 @@ def fraction(share: float, floor: int = 0):
     return lambda strength, usual, checks: sj.fraction_step(share, floor=floor)
 
 
-def to_sparsity(target: Callable[[float], float]) -> Propose:
-    """Prunes to the sparsity that ``target`` gives for the present one, whatever the metric."""
+def toward(sparsity: float, following: Callable[[float], float]) -> Propose:
+    """Prunes from the present sparsity to the following one up to the last, whatever the metric."""
 
     def propose(situation: sj.Situation) -> sj.Proposal:
-        wanted = target(float(sj.sparsity(situation.pruning_mask)))
+        now = float(sj.sparsity(situation.pruning_mask))
+        if now > sparsity - 1e-4:
+            return sj.Proposal(None)
         return sj.Proposal(
             sj.mask_by_sparsity(
                 situation.params,
-                wanted,
+                following(now),
                 pruning_mask=situation.pruning_mask,
                 mask=situation.prunable,
                 floor=0,
@@ -113,7 +117,7 @@ def to_sparsity(target: Callable[[float], float]) -> Propose:
 def once(sparsity, usual, checks):
     """All at the first check."""
     del usual, checks
-    return _until(sparsity, to_sparsity(lambda _: sparsity))
+    return toward(sparsity, lambda _: sparsity)
 
 
 def cubic(sparsity, usual, checks):
@@ -126,28 +130,20 @@ def cubic(sparsity, usual, checks):
         left = max(0.0, 1 - (round(done) + 1) / steps)
         return sparsity * (1 - left**3)
 
-    return _until(sparsity, to_sparsity(following))
+    return toward(sparsity, following)
 
 
 def rounds(sparsity, usual, checks):
     """The same share of what is left in each round but the last, which trains."""
     del usual
     share = 1 - (1 - sparsity) ** (1 / max(1, checks - 1))
-    return _until(sparsity, to_sparsity(lambda now: 1 - (1 - now) * (1 - share)))
+    return toward(sparsity, lambda now: 1 - (1 - now) * (1 - share))
 
 
 def never(sparsity, usual, checks):
     """Nothing: all was pruned at the start."""
     del sparsity, usual, checks
     return lambda situation: sj.Proposal(None)
-
-
-def _until(sparsity: float, propose: Propose) -> Propose:
-    def stopping(situation: sj.Situation) -> sj.Proposal:
-        reached = float(sj.sparsity(situation.pruning_mask)) > sparsity - 1e-4
-        return sj.Proposal(None) if reached else propose(situation)
-
-    return stopping
 
 
 def snip(gradients, params, sparsity):
@@ -316,8 +312,7 @@ def strength_of(name: str, network: str, dataset: str) -> float:
     Raises:
       ValueError: none was chosen.
     """
-    usual = {"lenet300": "mnist", "lenet5": "mnist", "resnet32": "cifar10"}[network]
-    known = STRENGTHS.get(f"{network}-{dataset}", STRENGTHS[f"{network}-{usual}"])
+    known = STRENGTHS.get(f"{network}-{dataset}", STRENGTHS[f"{network}-{USUAL[network]}"])
     if name not in known:
         raise ValueError(
             f"strength: none was chosen for {name!r} on {network}; it was for {sorted(known)}."

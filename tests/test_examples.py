@@ -148,6 +148,8 @@ def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path, capsys):
         run(tmp_path, "--dense-epochs", "3", epochs="3")
     with pytest.raises(ValueError, match="batch: 2000 is more than the 898 training images"):
         run(tmp_path, "--batch", "2000")
+    with pytest.raises(ValueError, match="batch: 100 is more than the 50 training images"):
+        run(tmp_path, "--train-images", "50")
     for arguments, message in [
         (["--method", "l1", "l2", "--strength", "1e-3"], "one method's own number"),
         (["--method", "paper", "--strength", "1e-4"], "paper is a preset"),
