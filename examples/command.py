@@ -19,7 +19,7 @@ import sparsereg_jax as sj
 from . import experiment, figures, sparsify, trainer
 from .experiment import Experiment, Settings
 from .hardware import hardware
-from .methods import METHODS, PRESET_BOUNDS, fingerprint, strength_of
+from .methods import METHODS, LOOP_BOUNDS, fingerprint, strength_of
 
 
 def stem(settings: Settings, method: str, seed: int) -> str:
@@ -41,10 +41,10 @@ def recorded(
 
 
 def with_own_bound(settings: Settings, method: str) -> Settings:
-    """The settings of a method: the paper's preset may have a bound of its own."""
-    if method != "paper":
+    """The settings of a method: the paper's loop may have a bound of its own."""
+    if method == "default":
         return settings
-    bound = PRESET_BOUNDS.get(f"{settings.network}-{settings.dataset}", settings.bound)
+    bound = LOOP_BOUNDS.get(f"{settings.network}-{settings.dataset}", settings.bound)
     return settings._replace(bound=bound)
 
 

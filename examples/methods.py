@@ -197,7 +197,7 @@ METHODS = {
     ),
     "none": Method(
         "no regularizer, the fraction pruned chosen",
-        (0.01, 0.02, 0.03, 0.04, 0.06, 0.08),
+        (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24),
         no_regularizer,
         propose=lambda share, usual, n: sj.fraction_step(share, floor=0),
     ),
@@ -261,13 +261,13 @@ METHODS = {
 
 # By experiment. LeNet-300-100 on MNIST: chosen by examples.search, but for the preset and for the
 # default, whose gamma was tried at the full budget. For the others no search was run: L2 has the
-# gamma chosen on LeNet-300-100, no regularizer the fraction of the experiment's loop.
+# preset's gamma, so that the gate is all that differs, and no regularizer the loop's fraction.
 _MNIST = {
     "default": 1e-3,
     "paper": 1e-3,
     "gate": 1e-4,
     "l2": 1e-4,
-    "none": 0.08,
+    "none": 0.12,
     "weight-decay": 0.03,
     "l1": 1e-5,
     "l1-proximal": 0.02,
@@ -277,7 +277,7 @@ _MNIST = {
     "lottery": 0.965,
     "snip": 0.9,
 }
-_FEW = {"default": 1e-3, "paper": 1e-3, "l2": 1e-4}
+_FEW = {"default": 1e-3, "paper": 1e-3, "l2": 1e-3}
 STRENGTHS = {
     "lenet300-digits": _MNIST,
     "lenet300-mnist": _MNIST,
@@ -286,8 +286,9 @@ STRENGTHS = {
     "resnet32-cifar10": _FEW | {"none": 0.1},
 }
 
-# The paper's own bounds, where an experiment has another one for the other methods.
-PRESET_BOUNDS = {"lenet5-mnist": 0.98}
+# The bound of the paper's loop, where our recipe has a higher one: without going back and tuning
+# the loop stands still near the dense network when the bound is as high as the dense accuracy.
+LOOP_BOUNDS = {"lenet5-mnist": 0.98}
 
 
 def fingerprint(method: Method) -> str:
