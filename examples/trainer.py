@@ -1,4 +1,4 @@
-"""A trainer for classifiers: an interval of training is one jitted program over data in memory."""
+"""A trainer: an interval of training is one jitted program over data in memory."""
 
 import functools
 from collections.abc import Callable
@@ -13,6 +13,8 @@ from .data import Images
 
 # (params, model_state, images) -> (logits, model_state), as in training
 Forward = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
+# (params, model_state, batch, key) -> (loss, model_state)
+Loss = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any]]
 
 
 class Record(NamedTuple):
@@ -22,14 +24,14 @@ class Record(NamedTuple):
     opt_state: optax.OptState
     model_state: Any  # what training changes beside the params: batch norm's running statistics
     key: jax.Array  # a PRNG key's data: shuffles the next epoch
-    order: jax.Array  # shape=[n], int32: this epoch's order of the images
+    order: jax.Array  # shape=[n], int32: this epoch's order of the examples
     step: jax.Array  # shape=(), int32: optimizer steps so far
 
 
 def start(
     params: Any,
     tx: optax.GradientTransformation,
-    images: int,
+    examples: int,
     seed: int,
     model_state: Any = None,
 ) -> Record:
@@ -39,7 +41,7 @@ def start(
         tx.init(params),
         {} if model_state is None else model_state,
         jax.random.key_data(jax.random.key(seed)),
-        jnp.arange(images, dtype=jnp.int32),
+        jnp.arange(examples, dtype=jnp.int32),
         jnp.zeros((), jnp.int32),
     )
 
@@ -76,6 +78,50 @@ def in_bfloat16(forward: Forward) -> Forward:
     return computed
 
 
+def interval(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    data: Any,
+    batch: int,
+    steps: int,
+    sharding: NamedSharding | None = None,
+    scan: bool = True,
+) -> Callable[[Record], Record]:
+    """Makes ``train``: a function from a record to the record ``steps`` steps later.
+
+    Args:
+      loss: of a batch, given a random key of its own.
+      tx: the optimizer.
+      data: a tree of arrays, their first axes the examples.
+      batch: examples a step.
+      steps: in an interval.
+      sharding: each batch is divided over the devices of its mesh, on all of which the record is to
+        be whole.
+      scan: whether the interval is one program; else it is a Python loop over one jitted step, as
+        XLA's CPU backend runs convolutions ten times slower within a scan.
+    """
+    data = jax.tree.map(jnp.asarray, data)
+    if sharding is not None:
+        data = jax.device_put(data, NamedSharding(sharding.mesh, PartitionSpec()))
+    one_step = functools.partial(_step, loss, tx, batch, sharding)
+
+    # The data are arguments: as constants of the program they would be compiled into it.
+    @functools.partial(jax.jit, donate_argnums=0)
+    def program(record, data):
+        if not scan:
+            return one_step(data, record)
+        return jax.lax.scan(
+            lambda record, _: (one_step(data, record), None), record, length=steps
+        )[0]
+
+    def train(record: Record) -> Record:
+        for _ in range(1 if scan else steps):
+            record = program(record, data)
+        return record
+
+    return train
+
+
 def trainer(
     forward: Forward,
     tx: optax.GradientTransformation,
@@ -87,35 +133,23 @@ def trainer(
     sharding: NamedSharding | None = None,
     scan: bool = True,
 ) -> Callable[[Record], Record]:
-    """Makes ``train``: a function from a record to the record ``steps`` steps later.
+    """Makes ``train`` for a classifier; see :func:`interval`.
 
     The loss is the cross-entropy with the labels smoothed: 1 - ``smoothing`` for the right class,
-    the rest shared by all. ``augment`` changes a batch, given a random key. With ``sharding`` each
-    batch is divided over the devices of its mesh, on all of which the record is to be whole.
-    Without ``scan`` the interval is a Python loop over one jitted step: XLA's CPU backend runs
-    convolutions ten times slower within a scan.
+    the rest shared by all. ``augment`` changes a batch, given a random key.
     """
-    images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
-    if sharding is not None:
-        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-        images, labels = jax.device_put((images, labels), everywhere)
-    one_step = functools.partial(_step, forward, tx, batch, smoothing, augment, sharding)
 
-    # The data are arguments: as constants of the program they would be compiled into it.
-    @functools.partial(jax.jit, donate_argnums=0)
-    def program(record, images, labels):
-        if not scan:
-            return one_step(images, labels, record)
-        return jax.lax.scan(
-            lambda record, _: (one_step(images, labels, record), None), record, length=steps
-        )[0]
+    def loss(params, model_state, data, key):
+        images, labels = data
+        if augment is not None:
+            images = augment(key, images)
+        logits, model_state = forward(params, model_state, images)
+        hard = labels.ndim == 1
+        wanted = jax.nn.one_hot(labels, logits.shape[-1]) if hard else labels
+        wanted = optax.smooth_labels(wanted, smoothing)
+        return optax.softmax_cross_entropy(logits, wanted).mean(), model_state
 
-    def train(record: Record) -> Record:
-        for _ in range(1 if scan else steps):
-            record = program(record, images, labels)
-        return record
-
-    return train
+    return interval(loss, tx, data, batch, steps, sharding, scan)
 
 
 def accuracy(
@@ -144,15 +178,8 @@ def accuracy(
     return share
 
 
-def _step(forward, tx, batch, smoothing, augment, sharding, images, labels, record):
-    steps_per_epoch = images.shape[0] // batch
-
-    def loss(params, model_state, images, labels):
-        logits, model_state = forward(params, model_state, images)
-        hard = labels.ndim == 1
-        wanted = jax.nn.one_hot(labels, logits.shape[-1]) if hard else labels
-        wanted = optax.smooth_labels(wanted, smoothing)
-        return optax.softmax_cross_entropy(logits, wanted).mean(), model_state
+def _step(loss, tx, batch, sharding, data, record):
+    steps_per_epoch = record.order.size // batch
 
     def shuffle(key, order):
         key, now = jax.random.split(jax.random.wrap_key_data(key))
@@ -163,13 +190,12 @@ def _step(forward, tx, batch, smoothing, augment, sharding, images, labels, reco
         position == 0, shuffle, lambda key, order: (key, order), record.key, record.order
     )
     rows = jax.lax.dynamic_slice(order, (position * batch,), (batch,))
-    some, right = images[rows], labels[rows]
-    if augment is not None:
-        some = augment(jax.random.fold_in(jax.random.wrap_key_data(key), position + 1), some)
+    some = jax.tree.map(lambda leaf: leaf[rows], data)
     if sharding is not None:
-        some, right = jax.lax.with_sharding_constraint((some, right), sharding)
+        some = jax.lax.with_sharding_constraint(some, sharding)
+    own_key = jax.random.fold_in(jax.random.wrap_key_data(key), position + 1)
     gradients, model_state = jax.grad(loss, has_aux=True)(
-        record.params, record.model_state, some, right
+        record.params, record.model_state, some, own_key
     )
     updates, opt_state = tx.update(gradients, record.opt_state, record.params)
     params = optax.apply_updates(record.params, updates)
