@@ -1,10 +1,16 @@
 """Checkpoints by orbax: a tree of arrays and a log beside it, the newest one kept."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from tqdm.auto import tqdm
+
+
+class OutOfTime(Exception):
+    """The time was up; the same call with the same folder goes on from the last checkpoint."""
 
 
 def save(folder: Path, step: int, tree: Any, log: Any = None) -> None:
@@ -49,6 +55,43 @@ def restore(folder: Path, like: Any) -> tuple[int, Any, Any] | None:
             ),
         )
     return step, found.tree, found.log["log"]
+
+
+def epochs(
+    one_epoch: Callable[[Any, int], Any],
+    state: Any,
+    number: int,
+    folder: Path | None = None,
+    overdue: Callable[[], bool] = lambda: False,
+    title: str | None = None,
+) -> Any:
+    """Trains epoch by epoch; a training that was cut off, or one that is done, is taken up.
+
+    Args:
+      one_epoch: from a tree of arrays and the number of the epoch, from 1, to the next tree.
+      state: the tree before the first epoch.
+      number: of epochs.
+      folder: for checkpoints; None for none.
+      overdue: asked after each epoch whether to save a checkpoint and stop.
+      title: of a progress bar; None for none.
+
+    Returns:
+      The tree after the last epoch.
+
+    Raises:
+      OutOfTime: ``overdue`` said so.
+    """
+    done = 0
+    if folder is not None and (found := restore(folder, state)):
+        done, state, _ = found
+    bar = tqdm(range(done + 1, number + 1), title, unit="epoch", disable=title is None)
+    for epoch in bar:
+        state = one_epoch(state, epoch)
+        if folder is not None and (epoch % 5 == 0 or epoch == number or overdue()):
+            save(folder, epoch, state)
+        if overdue():
+            raise OutOfTime
+    return state
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

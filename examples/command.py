@@ -16,10 +16,10 @@ from rich.table import Table
 
 import sparsereg_jax as sj
 
-from . import experiment, figures, sparsify, trainer
+from . import checkpoints, experiment, figures, sparsify, trainer
 from .experiment import Experiment, Settings
 from .hardware import hardware
-from .methods import METHODS, LOOP_BOUNDS, fingerprint, strength_of
+from .methods import LOOP_BOUNDS, METHODS, fingerprint, strength_of
 
 
 def stem(settings: Settings, method: str, seed: int) -> str:
@@ -291,7 +291,7 @@ def main(
                     continue
                 records.append(record)
                 show(console, record)
-    except experiment.OutOfTime:
+    except checkpoints.OutOfTime:
         console.print("The time is up: the same command with --resume goes on.")
     if len(records) > 1:
         summarize(console, records)

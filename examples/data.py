@@ -5,7 +5,7 @@
 
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,28 +85,54 @@ def _digits() -> tuple[np.ndarray, ...]:
 
 
 def _tfds(name: str, split: str, data_dir: str | Path | None) -> tuple[np.ndarray, np.ndarray, str]:
+    builder = prepared(name, data_dir)
+    if _array_record(builder):
+        encoded, labels = files(builder, split)
+        images, title = decoded(encoded), table_name(name, encoded[0])
+    else:
+        found = list(rows(builder, split))
+        images = np.stack([row["image"] for row in found])
+        labels, title = [row["label"] for row in found], name
+    return images.astype(np.float32), np.array(labels), title
+
+
+def prepared(name: str, data_dir: str | Path | None) -> Any:
+    """The builder of a tensorflow-datasets set, which is prepared if it is not yet.
+
+    Raises:
+      ImportError: it is not prepared, or not as ArrayRecord, and TensorFlow is missing.
+    """
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(name, data_dir=data_dir)
-    prepared = builder.is_prepared()
-    array_record = not prepared or builder.info.file_format.value == "array_record"
-    if not (prepared and array_record) and importlib.util.find_spec("tensorflow") is None:
-        what = "prepared as ArrayRecord" if prepared else "prepared"
+    is_prepared = builder.is_prepared()
+    readable = is_prepared and _array_record(builder)
+    if not readable and importlib.util.find_spec("tensorflow") is None:
+        what = "prepared as ArrayRecord" if is_prepared else "prepared"
         raise ImportError(
             f"{name!r} is not {what} in {builder.data_dir}; to prepare it, or to read another"
             " format, tensorflow-datasets needs TensorFlow once: pip install tensorflow-cpu. Or"
             " point --data-dir at a copy prepared with file_format='array_record'."
         )
-    if not prepared:
+    if not is_prepared:
         builder.download_and_prepare(file_format="array_record")
-    if array_record:
-        encoded, labels = files(builder, split)
-        images, title = decoded(encoded), table_name(name, encoded[0])
-    else:
-        rows = list(tfds.as_numpy(builder.as_dataset(split=split)))
-        images = np.stack([row["image"] for row in rows])
-        labels, title = [row["label"] for row in rows], name
-    return images.astype(np.float32), np.array(labels), title
+    return builder
+
+
+def rows(builder: Any, split: str) -> Iterator[dict[str, Any]]:
+    """The examples of a split of a prepared set, one after another."""
+    import tensorflow_datasets as tfds
+
+    if not _array_record(builder):
+        yield from tfds.as_numpy(builder.as_dataset(split=split))
+        return
+    source = builder.as_data_source(split=split)
+    for first in range(0, len(source), 10_000):  # row by row it would take twice as long
+        yield from source.__getitems__(range(first, min(first + 10_000, len(source))))
+
+
+def _array_record(builder: Any) -> bool:
+    return builder.info.file_format.value == "array_record"
 
 
 def files(builder: Any, split: str) -> tuple[list[bytes], list[int]]:

@@ -57,10 +57,6 @@ EXPERIMENTS = {
 USUAL = {"lenet300": "mnist", "lenet5": "mnist", "resnet32": "cifar10"}
 
 
-class OutOfTime(Exception):
-    """The time was up; the same call with the same folder goes on from the last checkpoint."""
-
-
 class Network(NamedTuple):
     """A model in the forms that the trainer asks for."""
 
@@ -170,17 +166,14 @@ def dense(
         optax.cosine_decay_schedule(settings.learning_rate, max(1, epochs * experiment.epoch))
     )
     initial = trainer.start(params, tx, len(images), seed, model_state)
-    done, record, early = 0, initial, initial
-    if folder is not None and (found := checkpoints.restore(folder, (record, early))):
-        done, (record, early), _ = found
     train = experiment.trainer(tx, experiment.epoch)
-    for epoch in range(done + 1, epochs + 1):
+
+    def one_epoch(records, epoch):
+        record, early = records
         record = train(jax.tree.map(jnp.copy, record))
-        early = record if epoch == 1 else early
-        if folder is not None and (epoch % 5 == 0 or epoch == epochs or overdue()):
-            checkpoints.save(folder, epoch, (record, early))
-        if overdue():
-            raise OutOfTime
+        return record, record if epoch == 1 else early
+
+    record, early = checkpoints.epochs(one_epoch, (initial, initial), epochs, folder, overdue)
     return Dense(*(each._replace(opt_state=()) for each in (initial, early, record)))
 
 

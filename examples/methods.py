@@ -48,12 +48,16 @@ def penalty(
     alpha: float = 1.0,
     rms_decay: float | None = None,
     decaying: bool = True,
+    b1: float = 0.9,
+    b2: float = 0.999,
 ):
     """Adam with a coupled term; the strength is the paper's gamma, decaying after each pruning."""
 
     def optimizer(learning_rate, gamma, steps_per_epoch):
         return sj.selective_adam(
             learning_rate,
+            b1,
+            b2,
             strength=sj.paper_strength(gamma, steps_per_epoch) if decaying else 2 * gamma,
             irrelevance=irrelevance,
             alpha=alpha,

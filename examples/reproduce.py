@@ -17,7 +17,7 @@ from rich.console import Console
 
 import sparsereg_jax as sj
 
-from . import command, experiment, tables
+from . import checkpoints, command, experiment, tables
 from .experiment import EXPERIMENTS
 from .methods import METHODS, STRENGTHS
 
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
                 console.print(str(wrong), style="red")
                 continue
             command.show(console, record)
-    except experiment.OutOfTime:
+    except checkpoints.OutOfTime:
         console.print("The time is up: the same command goes on.")
     if part == 0:
         tables.main(["--results", str(options.out)])

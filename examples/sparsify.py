@@ -12,7 +12,8 @@ import optax
 import sparsereg_jax as sj
 
 from . import checkpoints, experiment, trainer
-from .experiment import Dense, Experiment, OutOfTime
+from .checkpoints import OutOfTime
+from .experiment import Dense, Experiment
 from .methods import Method
 
 ROUNDS = 8  # of a method that rewinds

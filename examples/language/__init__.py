@@ -1,0 +1,1 @@
+"""The paper's language-generation experiments: text in, sparse Transformers out."""

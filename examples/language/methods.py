@@ -1,0 +1,51 @@
+"""The rows of the language tables: optimizers in one loop, as for the images.
+
+Of a :class:`examples.methods.Method` the title, the optimizer, the proposal and the recovery are
+used; the strength is the paper's gamma.
+"""
+
+import optax
+
+import sparsereg_jax as sj
+
+from ..methods import Method, absolute_value, penalty
+
+B1, B2 = 0.85, 0.997  # of Adam, the authors'
+GAMMAS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
+
+
+def plain_adam(
+    learning_rate: optax.ScalarOrSchedule, strength: float = 0.0, steps_per_epoch: int = 0
+) -> optax.GradientTransformation:
+    """The optimizer of the dense network, of tuning, and of the row without a regularizer."""
+    del strength, steps_per_epoch
+    return optax.adam(learning_rate, b1=B1, b2=B2)
+
+
+METHODS = {
+    "default": Method(
+        "our recipe: the gate, decaying after each pruning, going back",
+        GAMMAS,
+        penalty(sj.exponential_irrelevance, b1=B1, b2=B2),
+        propose=lambda s, usual, n: sj.fraction_step(usual, floor=1),
+        recovery=0.15,
+    ),
+    "paper": Method(
+        "selective shrinkage, the paper's preset",
+        (1e-5,),
+        penalty(sj.exponential_irrelevance, decaying=False, b1=B1, b2=B2),
+    ),
+    "l2": Method(
+        "the same with I ≡ 1 (L2, coupled)",
+        GAMMAS,
+        penalty(sj.constant_irrelevance, decaying=False, b1=B1, b2=B2),
+    ),
+    "l1": Method(
+        "the same with L1 (subgradient)",
+        (1e-8, 3e-8, 1e-7, 3e-7, 1e-6, 3e-6),
+        penalty(absolute_value, decaying=False, b1=B1, b2=B2),
+    ),
+    "none": Method("no regularizer", (0.0,), plain_adam),
+}
+
+STRENGTHS = {"default": 1e-5, "paper": 1e-5, "l2": 1e-5, "l1": 1e-7, "none": 0.0}

@@ -1,0 +1,225 @@
+"""The Transformer, its decoding, packing and loss: against references written out plainly."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from examples.language import decoding, experiment, text
+from examples.language.transformer import EOS, PAD, Transformer, positions, segments
+
+VOCABULARY = 6
+MODEL = Transformer(VOCABULARY, width=16, hidden=24, heads=2, layers=2, length=12, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Weights large enough that tokens matter."""
+    tokens = jnp.full((1, 4), EOS)
+    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), tokens, tokens)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape), leaf.dtype), shapes
+    )
+
+
+APPLY = jax.jit(MODEL.apply)
+
+
+def logits(params, source, target):
+    """Rows are filled up to one length, so that one program does: padding changes nothing."""
+    rows = [[*tokens, *[PAD] * (12 - len(tokens))] for tokens in (source, target)]
+    found = APPLY(params, *(jnp.array([row]) for row in rows))[0]
+    return np.asarray(found[: len(target)], np.float64)
+
+
+def log_probabilities(params, source, target):
+    return np.asarray(jax.nn.log_softmax(logits(params, source, target)))
+
+
+def test_sentences_of_a_row():
+    row = jnp.array([[4, 5, EOS, 3, EOS, EOS, PAD, PAD], [3, 3, 3, 3, 3, 3, 3, EOS]])
+    np.testing.assert_array_equal(
+        segments(row), [[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]]
+    )
+    np.testing.assert_array_equal(
+        positions(row), [[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6, 7]]
+    )
+
+
+def test_no_position_sees_the_future_or_itself(params):
+    source, target = [3, 4, EOS], [2, 3, 4, 5, EOS]
+    usual = logits(params, source, target)
+    for i in range(4):
+        for token in {2, 3, 4, 5} - {target[i]}:
+            changed = logits(params, source, [*target[:i], token, *target[i + 1 :]])
+            np.testing.assert_array_equal(changed[: i + 1], usual[: i + 1])
+            assert np.abs(changed[i + 1] - usual[i + 1]).max() > 1e-5  # the next one is told
+
+
+def test_packing_and_padding_change_nothing(params):
+    sources = [[3, 4, EOS], [5, EOS], [2, 2, 3, EOS]]
+    targets = [[4, EOS], [2, 3, 5, EOS], [3, EOS]]
+    packed = logits(
+        params, [*itertools.chain(*sources), PAD, PAD], [*itertools.chain(*targets), PAD, PAD, PAD]
+    )
+    start = 0
+    for source, target in zip(sources, targets, strict=True):
+        alone = logits(params, source, target)
+        np.testing.assert_allclose(packed[start : start + len(target)], alone, atol=2e-5)
+        start += len(target)
+    other = [[5, 5, EOS], *sources[1:]]  # another first source: only the first target changes
+    changed = logits(
+        params, [*itertools.chain(*other), PAD, PAD], [*itertools.chain(*targets), PAD, PAD, PAD]
+    )
+    np.testing.assert_allclose(changed[2:8], packed[2:8], atol=2e-5)
+    assert np.abs(changed[:2] - packed[:2]).max() > 1e-3
+    assert np.isfinite(packed).all()
+
+
+def greedy_reference(params, source, length):
+    """The whole network anew for each token."""
+    found = []
+    while len(found) < length:
+        found.append(int(logits(params, source, [*found, 2])[-1].argmax()))
+        if found[-1] == EOS:
+            break
+    return found + [PAD] * (length - len(found))
+
+
+SOURCES = [[3, 4, EOS, PAD, PAD], [5, 5, 2, 2, EOS], [2, EOS, PAD, PAD, PAD], [4, 3, 2, EOS, PAD]]
+
+
+def test_greedy_against_an_uncached_reference(params):
+    found = decoding.greedy(MODEL, 7)(params, jnp.array([*SOURCES, [PAD] * 5]))
+    for row, source in zip(found, SOURCES, strict=False):
+        assert list(row) == greedy_reference(params, [t for t in source if t != PAD], 7)
+    assert not np.asarray(found[-1]).any()  # a row that only fills the batch
+
+
+def all_hypotheses(params, source, length):
+    """(log probability, tokens) of every hypothesis that ends, one by one."""
+    found = []
+    for size in range(length):
+        for middle in itertools.product([t for t in range(VOCABULARY) if t != EOS], repeat=size):
+            tokens = [*middle, EOS]
+            log = log_probabilities(params, source, tokens)
+            found.append((sum(log[i, token] for i, token in enumerate(tokens)), tokens))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
+def test_wide_beam_search_against_brute_force(params, penalty):
+    length = 4
+    search = decoding.beam_search(MODEL, length, beams=125, penalty=penalty)
+    tokens, scores = search(params, jnp.array(SOURCES[:2]))
+    for row, score, source in zip(tokens, scores, SOURCES[:2], strict=True):
+        every = all_hypotheses(params, [t for t in source if t != PAD], length)
+        best = max((log / len(found) ** penalty, found) for log, found in every)
+        np.testing.assert_allclose(score, best[0], rtol=1e-4)
+        assert [int(t) for t in row if t != PAD] == [t for t in best[1] if t != PAD]
+
+
+def beam_reference(params, source, length, beams, penalty):
+    """The search in plain Python, without a cache and without stopping early."""
+    alive, ended = [(0.0, [])], []
+    for size in range(1, length + 1):
+        following = []
+        for log, tokens in alive:
+            for token, more in enumerate(log_probabilities(params, source, [*tokens, 2])[-1]):
+                following.append((log + more, [*tokens, token]))
+        following = sorted(following, reverse=True)[: 2 * beams]
+        ended += [(log / size**penalty, t) for log, t in following if t[-1] == EOS]
+        ended = sorted(ended, reverse=True)[:beams]
+        alive = [(log, t) for log, t in following if t[-1] != EOS][:beams]
+    return ended[0] if ended else (alive[0][0] / length**penalty, alive[0][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("beams", "penalty"), [(1, 0.0), (2, 0.6), (3, 1.2)])
+def test_narrow_beam_search_against_a_plain_one(params, beams, penalty):
+    tokens, scores = decoding.beam_search(MODEL, 6, beams, penalty)(params, jnp.array(SOURCES))
+    for row, score, source in zip(tokens, scores, SOURCES, strict=True):
+        best = beam_reference(params, [t for t in source if t != PAD], 6, beams, penalty)
+        np.testing.assert_allclose(score, best[0], rtol=1e-4)
+        assert list(row) == best[1] + [PAD] * (6 - len(best[1]))
+
+
+@pytest.mark.slow
+def test_where_nothing_ends_the_likeliest_is_given(params):
+    never = jax.tree.map(lambda w: w, params)
+    table = never["params"]["embedding"]["embedding"]
+    never["params"]["embedding"]["embedding"] = table.at[EOS].set(-100 * jnp.sign(table[3]))
+    one, _ = decoding.beam_search(MODEL, 4, 2, 0.6)(never, jnp.array(SOURCES[:1]))
+    if EOS in np.asarray(one):
+        pytest.fail("the hypothesis was to have no end")
+    best = beam_reference(never, [3, 4, EOS], 4, 2, 0.6)
+    assert list(one[0]) == best[1]
+
+
+def test_loss_against_numpy():
+    rng = np.random.default_rng(0)
+    values, target = rng.standard_normal((2, 3, 7)), np.array([[3, EOS, PAD], [6, 2, EOS]])
+    log = values - np.log(np.exp(values).sum(-1, keepdims=True))
+    for smoothing in (0.0, 0.1):
+        wanted = (1 - smoothing) * np.eye(7)[target] + smoothing / 7
+        each = -(wanted * log).sum(-1) * (target != PAD)
+        found = experiment.cross_entropy(jnp.asarray(values), jnp.asarray(target), smoothing)
+        np.testing.assert_allclose(found, each, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_counts_tokens_not_rows(params):
+    source, target = jnp.array([[3, EOS, PAD], [4, 2, EOS]]), jnp.array([[4, EOS], [EOS, PAD]])
+    still = Transformer(
+        *[getattr(MODEL, f) for f in ("vocabulary", "width", "hidden")], 2, 2, 12, 0
+    )
+    loss = jax.jit(experiment.train_loss(still, 0.0, False))
+    value, _ = loss(params, {}, (source, target), jax.random.key(0))
+    logs = [
+        log_probabilities(params, [3, EOS], [4, EOS]),
+        log_probabilities(params, [4, 2, EOS], [EOS]),
+    ]
+    wanted = -(logs[0][0, 4] + logs[0][1, EOS] + logs[1][0, EOS]) / 3
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    lower, _ = jax.jit(experiment.train_loss(still, 0.0, True))(
+        params, {}, (source, target), jax.random.key(0)
+    )
+    assert lower.dtype == jnp.float32
+    np.testing.assert_allclose(lower, wanted, rtol=0.05)
+
+
+def test_pack_keeps_every_pair_once_and_together():
+    rng = np.random.default_rng(0)
+    sources = [[*rng.integers(2, 9, rng.integers(0, 9)), EOS] for _ in range(300)]
+    targets = [[*rng.integers(2, 9, rng.integers(0, 7)), EOS] for _ in range(300)]
+    packed = text.pack(sources, targets, 24, 20, open_rows=8)
+    assert packed.source.dtype == np.uint16
+
+    def sentences(row):
+        ends = np.flatnonzero(row == EOS) + 1
+        assert not row[ends[-1] :].any()
+        return [tuple(part) for part in np.split(row, ends)[:-1]]
+
+    found = []
+    for source, target in zip(*packed, strict=True):
+        found += zip(sentences(source), sentences(target), strict=True)
+    wanted = [(tuple(s), tuple(t)) for s, t in zip(sources, targets, strict=True)]
+    assert sorted(found) == sorted(wanted)
+    tokens = sum(map(len, sources))
+    assert math.isclose(packed.padding()[0], 1 - tokens / packed.source.size)
+    assert packed.padding()[0] < 0.2
+    with pytest.raises(ValueError, match=r"pair 1 has 25 and 1 tokens; a row has 24 and 20"):
+        text.pack([[EOS], [2] * 24 + [EOS]], [[EOS], [EOS]], 24, 20)
+
+
+def test_generate_gives_outputs_in_the_order_of_the_sources():
+    def reverse(params, rows):
+        return np.asarray(rows)[:, ::-1]
+
+    sources = [[7, 8, EOS], [9, EOS], [3, 4, 5, EOS], [2, EOS], [6, EOS]]
+    found = text.generate(reverse, None, sources, batch=2, length=6)
+    assert [[t for t in row if t != PAD] for row in found] == [source[::-1] for source in sources]
