@@ -31,7 +31,7 @@ USUAL = Settings(
     loop_epochs=40,
     tune_epochs=4,
     checks=40,
-    bound=0.97,
+    share=0.97,
     smoothing=0.1,
 )
 QUICK = {
@@ -67,7 +67,7 @@ def _corpus(options: argparse.Namespace) -> Corpus:
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """The command line."""
-    return run(__doc__, USUAL, QUICK, _corpus, _flags, arguments)
+    return run(__doc__, USUAL, {"quick": QUICK}, _corpus, _flags, arguments)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def show(console: Console, record: dict[str, Any]) -> None:
 def main(
     document: str,
     settings: Settings,
-    quick: dict[str, Any],
+    variants: dict[str, dict[str, Any]],
     corpus: Callable[[argparse.Namespace], Corpus],
     flags: Callable[[argparse.ArgumentParser], None],
     arguments: list[str] | None = None,
@@ -144,7 +144,7 @@ def main(
     Args:
       document: that of its module.
       settings: the usual ones; each is a flag.
-      quick: what ``--quick`` changes.
+      variants: flags, and what each changes.
       corpus: from the options to the text.
       flags: adds those that say which text.
       arguments: instead of the process's own.
@@ -161,7 +161,9 @@ def main(
     parser.add_argument("--method", nargs="+", default=["paper"], choices=METHODS)
     parser.add_argument("--strength", type=float, help="gamma of the one --method")
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
-    parser.add_argument("--quick", action="store_true", help=f"a small run: {quick}")
+    for name, changed in variants.items():
+        said = ", ".join(f"{field} {value}" for field, value in changed.items())
+        parser.add_argument(f"--{name}", action="store_true", help=said)
     parser.add_argument("--dense-only", action="store_true", help="the dense networks alone")
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument(
@@ -182,7 +184,9 @@ def main(
         parser.error("--strength is one method's own number; give one --method with it.")
     given = {name: getattr(options, name) for name in settings._fields}
     changes = {name: value for name, value in given.items() if value is not None}
-    settings = settings._replace(**(quick if options.quick else {}) | changes)
+    chosen = [changed for name, changed in variants.items() if getattr(options, name)]
+    for changed in (*chosen, changes):
+        settings = settings._replace(**changed)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
 
     console = Console()

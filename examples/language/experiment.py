@@ -37,7 +37,8 @@ class Settings(NamedTuple):
     loop_epochs: int
     tune_epochs: int  # of each reported network
     checks: int  # in the loop
-    bound: float  # share of the dense network's metric (with "loss": allowed multiple of it)
+    share: float  # of the dense network's metric, the bound; of a loss the multiple allowed
+    bound: float | None = None  # instead, the metric itself
     fraction: float = 0.1  # of what is left, pruned at a check that meets the bound
     metric: str = "bleu"  # of greedy decoding, or "loss", on validation pairs
     validation_pairs: int = 300  # that are decoded
@@ -212,6 +213,11 @@ def make_trainer(
     return trainer.interval(loss, tx, experiment.train, settings.batch, steps)
 
 
+def parts(experiment: Experiment) -> int:
+    """So many parts has an epoch, a checkpoint after each: none is longer than 5,000 batches."""
+    return math.ceil(experiment.steps / 5000)
+
+
 def accumulated(settings: Settings, tx: optax.GradientTransformation) -> Any:
     """The optimizer, stepping once in so many batches."""
     if settings.accumulate == 1:
@@ -250,11 +256,11 @@ def dense(
     none = jnp.zeros((1, 8), jnp.int32)
     params = jax.jit(experiment.model.init)(jax.random.key(seed), none, none)
     record = trainer.start(params, tx, len(experiment.train.source), seed)
-    train = make_trainer(experiment, tx, experiment.steps)
+    train = make_trainer(experiment, tx, experiment.steps // parts(experiment))
     record = checkpoints.epochs(
         lambda record, epoch: train(jax.tree.map(jnp.copy, record)),
         record,
-        settings.dense_epochs,
+        settings.dense_epochs * parts(experiment),
         folder,
         overdue,
         f"dense, seed {seed}" if progress_bar else None,
@@ -265,8 +271,8 @@ def dense(
 def folder(out: Path, experiment: Experiment) -> Path:
     """The folder for checkpoints of all runs that start from the same dense networks."""
     shared = experiment.settings._replace(
-        loop_epochs=0, tune_epochs=0, checks=0, bound=0.0, fraction=0.0, metric="", beams=0,
-        penalty=0.0, validation_pairs=0, test_pairs=0,
+        loop_epochs=0, tune_epochs=0, checks=0, share=0.0, bound=None, fraction=0.0, metric="",
+        beams=0, penalty=0.0, validation_pairs=0, test_pairs=0,
     )  # fmt: skip
     data = hashlib.sha256(experiment.train.source.tobytes() + experiment.train.target.tobytes())
     digest = hashlib.sha256((repr(shared) + data.hexdigest()).encode()).hexdigest()[:8]
@@ -306,12 +312,12 @@ def _generate(search, params, tokens, tokenizer, settings):
 
 
 def _rows(settings, sources, targets):
-    """Lengths of packed rows, in the ratio of the tokens on the two sides, by a margin of 2 %."""
+    """Lengths of packed rows, in the ratio of the tokens on the two sides."""
     a, b = sum(map(len, sources)), sum(map(len, targets))
     longer = settings.row
 
     def length(mine, theirs, longest):
-        share = longer if mine >= theirs else 1.02 * longer * mine / theirs
+        share = longer if mine >= theirs else longer * mine / theirs
         return max(longest, 8 * math.ceil(share / 8))
 
     return length(a, b, settings.source_length), length(b, a, settings.target_length)

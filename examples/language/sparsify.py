@@ -106,7 +106,7 @@ def sparsify(
         experiment.make_trainer(bench, tx, interval),
         bench.metric,
         method.propose(strength, settings.fraction, settings.checks),
-        lambda dense_metric: settings.bound * dense_metric,
+        settings.bound or (lambda dense_metric: settings.share * dense_metric),
         mode="max" if settings.metric == "bleu" else "min",
         max_checks=settings.checks,
         steps_per_check=interval,
@@ -195,7 +195,7 @@ def _tuning(bench):
     updates = max(1, settings.tune_epochs * bench.steps // settings.accumulate)
     rate = optax.cosine_decay_schedule(settings.learning_rate, updates)
     tx = experiment.accumulated(settings, sj.hold_zeros(plain_adam(rate)))
-    return tx, experiment.make_trainer(bench, tx, bench.steps)
+    return tx, experiment.make_trainer(bench, tx, bench.steps // experiment.parts(bench))
 
 
 def _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar):
@@ -211,7 +211,7 @@ def _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar):
     record = checkpoints.epochs(
         lambda record, epoch: train(jax.tree.map(jnp.copy, record)),
         record._replace(opt_state=opt_state),
-        bench.settings.tune_epochs,
+        bench.settings.tune_epochs * experiment.parts(bench),
         folder / f"tuning-{level:g}",
         overdue,
         f"tuning at {level:g}" if progress_bar else None,
