@@ -17,14 +17,19 @@ def crop_and_flip(key: jax.Array, images: jax.Array, margin: int = 4) -> jax.Arr
     Returns:
       Images of the same shape.
     """
-    batch, height, width, channels = images.shape
     crops, flips = jax.random.split(key)
-    corners = jax.random.randint(crops, (batch, 2), 0, 2 * margin + 1)
+    cropped = crop(crops, images, margin)
+    flip = jax.random.bernoulli(flips, shape=(len(images), 1, 1, 1))
+    return jnp.where(flip, cropped[:, :, ::-1], cropped)
+
+
+def crop(key: jax.Array, images: jax.Array, margin: int) -> jax.Array:
+    """Shifts each image by up to ``margin`` pixels at random; what is shifted in is 0."""
+    batch, height, width, channels = images.shape
+    corners = jax.random.randint(key, (batch, 2), 0, 2 * margin + 1)
     padded = jnp.pad(images, [(0, 0), (margin, margin), (margin, margin), (0, 0)])
 
-    def crop(image, corner):
+    def one(image, corner):
         return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (height, width, channels))
 
-    cropped = jax.vmap(crop)(padded, corners)
-    flip = jax.random.bernoulli(flips, shape=(batch, 1, 1, 1))
-    return jnp.where(flip, cropped[:, :, ::-1], cropped)
+    return jax.vmap(one)(padded, corners)

@@ -30,6 +30,7 @@ from examples import (
     tables,
     trainer,
 )
+from examples.experiment import EXPERIMENTS
 from examples.methods import METHODS, STRENGTHS
 
 FEW = ["--dense-epochs", "1", "--interval", "5", "--bound", "0.02"]
@@ -244,15 +245,31 @@ def test_runs_of_everything():
 
 def test_ablations_change_one_thing():
     recipe, found = METHODS["default"], []
-    for name, (method, gammas) in ablations.VARIANTS.items():
-        fields = zip(method._fields, method, recipe, strict=True)
+    for name, variant in ablations.LENET300.items():
+        fields = zip(variant.method._fields, variant.method, recipe, strict=True)
         differing = [field for field, ours, theirs in fields if ours != theirs]
         assert len(differing) == (0 if name in ("default", "no regularizer") else 1), name
-        found += [{"method": name, "strength": gamma} for gamma in gammas]
+        assert not variant.settings
+        found += [{"method": name, "strength": gamma} for gamma in variant.gammas]
     lines = [line | {"sparsity": 0.5, "validation": 0.25 * i} for line in found for i in (1, 2)]
-    rows = ablations.table(lines).splitlines()[2:]
+    rows = ablations.table(ablations.LENET300, lines).splitlines()[2:]
     assert len(rows) == len(found)
-    assert rows[0] == "| default | 0.001 | 2 | 50.00 | 37.50 |"
+    assert rows[0] == "| default | 0.001 | 2 | 50.00 ± 0.00 | 37.50 ± 17.68 |"
+
+
+def test_variants_of_lenet5_change_the_experiment():
+    bench = experiment.Experiment(
+        EXPERIMENTS["lenet5-mnist"], None, experiment.Network(None, None, True, None), 1, None, None
+    )
+    made = {name: ablations.with_variant(bench, v) for name, v in ablations.LENET5.items()}
+    assert made["default"] == bench
+    assert made["twice the budget"].settings == bench.settings._replace(epochs=100)
+    shift = made["images shifted by up to 2 pixels"].network.augment
+    dot = jnp.zeros((50, 7, 7, 1)).at[:, 3, 3].set(1.0)
+    places = np.argwhere(np.asarray(shift(jax.random.key(0), dot)))
+    assert len(places) == 50
+    assert places[:, 1:3].min(0).tolist() == [1, 1]
+    assert places[:, 1:3].max(0).tolist() == [5, 5]
 
 
 @pytest.mark.slow

@@ -1,0 +1,36 @@
+r"""Ten test sentences with their references and what the dense and the sparse network wrote.
+
+python -m examples.language.samples results/outputs/RUN.jsonl > results/samples.md
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def page(path: Path, number: int = 10) -> str:
+    """Markdown: sentences at even distances in the file."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    chosen = [lines[(2 * i + 1) * len(lines) // (2 * number)] for i in range(number)]
+    parts = [f"# {path.stem}: {number} of {len(lines)} test sentences, evenly spaced"]
+    for i, line in enumerate(chosen, 1):
+        rows = [f"| {key} | {_cell(text)} |" for key, text in line.items()]
+        parts.append("\n".join([f"## {i}", "", "| | |", "|---|---|", *rows]))
+    return "\n\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    for character in "\\`*_<>[]|$":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("\n", " ")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("outputs", type=Path, help="OUT/outputs/RUN.jsonl")
+    print(page(parser.parse_args(arguments).outputs))
+
+
+if __name__ == "__main__":
+    main()
