@@ -19,6 +19,7 @@ from benchmarks import (
     sparse_files,
     steps,
     timing,
+    transformer_step,
 )
 from sparsereg_jax import sparse_file
 
@@ -244,3 +245,20 @@ def test_the_fuzzer_of_sparse_files(monkeypatch, tmp_path, capsys):
     assert record["failures"] == []
     assert 0 < record["peak"] < record["max_bytes"]
     assert "40 files, 0 failures" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_transformer_step(tiny, monkeypatch, tmp_path, capsys):
+    small = transformer_step.SIZES["translation"]._replace(
+        vocabulary=50, width=8, hidden=8, heads=2, layers=1, row=16, batch=2
+    )
+    monkeypatch.setitem(transformer_step.SIZES, "translation", small)
+    out = tmp_path / "record.json"
+    rows = transformer_step.main(["--rounds", "2", "--out", str(out)])
+    _check(
+        rows,
+        "training step",
+        [("selective_adam", "adam"), ("selective_adam, zeros held", "adam")],
+    )
+    assert json.loads(out.read_text())["tokens"] == 2 * 2 * 16
+    assert "zeros held" in capsys.readouterr().out

@@ -19,7 +19,7 @@ SMALL = shlex.split(
     "--vocabulary 60 --width 16 --hidden 16 --heads 2 --layers 1 --source-length 16"
     " --target-length 16 --row 16 --batch 8 --dense-epochs 2 --loop-epochs 5 --tune-epochs 1"
     " --checks 10 --share 0 --fraction 0.25 --validation-pairs 10 --beams 2"
-).split()
+)
 
 
 def write_pairs(folder):
