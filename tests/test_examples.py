@@ -291,6 +291,18 @@ def record(method, seed, sparsity, wrong, curve):
     }
 
 
+def test_sparsest_networks_at_an_accuracy():
+    curves = (
+        [[0.0, 0.99, 1.0], [0.5, 0.98, 2.0], [0.8, 0.985, 3.0], [0.9, 0.97, 4.0]],
+        [[0.0, 0.99, 1.0], [0.7, 0.981, 1.5]],
+        [[0.0, 0.979, 1.0]],
+    )
+    runs = [record("l2", seed, 0.9, 4.0, curve) for seed, curve in enumerate(curves)]
+    text = tables.on_the_way({"l2": runs, "snip": [record("snip", 0, 0.9, 4, [])]}, (0.98, 0.97, 1))
+    # Of the first run 80 % @ 3, of the second 70 % @ 1.5, of the third nothing; then 90, 70 and 0.
+    assert text.splitlines()[2:] == ["| l2 | 75.00 @ 2.25 (2 runs) | 53.33 @ 2.17 | - |"]
+
+
 def test_numbers_of_the_tables():
     mean, half = tables.interval([1.0, 2.0, 4.0])
     assert mean == pytest.approx(7 / 3)
