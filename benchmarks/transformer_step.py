@@ -42,6 +42,7 @@ def measure(settings: Settings, rounds: int) -> list[Row]:
         settings.heads,
         settings.layers,
         settings.source_length,
+        settings.target_length,
         settings.dropout,
     )
     random = np.random.default_rng(0)
@@ -88,10 +89,13 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="translation", choices=SIZES)
+    parser.add_argument("--batch", type=int, help="rows (default: the example's)")
     parser.add_argument("--rounds", type=int, default=25, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, help="(default: results/transformer-SIZE-DEVICE.json)")
     options = parser.parse_args(arguments)
     settings = SIZES[options.size]
+    if options.batch is not None:
+        settings = settings._replace(batch=options.batch)
     rows, record = measure(settings, options.rounds), hardware()
     tokens = 2 * settings.batch * settings.row
     slug = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
@@ -102,8 +106,10 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     console = Console(width=160)
     show(console, rows, f"{record['device']}, {options.size}", milliseconds=not on_cpu())
     if not on_cpu():
-        for row in rows:
-            console.print(f"{row.ours}: {1e3 * tokens / row.milliseconds:,.0f} tokens/s")
+        times = {rows[0].against: rows[0].against_milliseconds}
+        times |= {row.ours: row.milliseconds for row in rows}
+        for name, milliseconds in times.items():
+            console.print(f"{name}: {1e3 * tokens / milliseconds:,.0f} tokens/s")
     return rows
 
 

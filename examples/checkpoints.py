@@ -1,5 +1,6 @@
 """Checkpoints by orbax: a tree of arrays and a log beside it, the newest one kept."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from tqdm.auto import tqdm
+
+SECONDS = 60  # between two checkpoints of a run
 
 
 class OutOfTime(Exception):
@@ -84,12 +87,15 @@ def epochs(
     done = 0
     if folder is not None and (found := restore(folder, state)):
         done, state, _ = found
+    saved = time.monotonic()
     bar = tqdm(range(done + 1, number + 1), title, unit="epoch", disable=title is None)
     for epoch in bar:
         state = one_epoch(state, epoch)
-        if folder is not None and (epoch % 5 == 0 or epoch == number or overdue()):
+        late = overdue()
+        if folder is not None and (late or epoch == number or time.monotonic() > saved + SECONDS):
             save(folder, epoch, state)
-        if overdue():
+            saved = time.monotonic()
+        if late:
             raise OutOfTime
     return state
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import sparsereg_jax as sj
 from . import checkpoints, experiment, figures, sparsify, trainer
 from .experiment import Experiment, Settings
 from .hardware import hardware
-from .methods import LOOP_BOUNDS, METHODS, fingerprint, strength_of
+from .methods import LOOP_BOUNDS, METHODS, Method, fingerprint, strength_of
 
 
 def stem(settings: Settings, method: str, seed: int) -> str:
@@ -238,20 +239,13 @@ def main(
     parser.add_argument(
         "--report", action="store_true", help="write a page on each network into OUT/report-*"
     )
-    usual = experiment.settings(network, dataset)
-    for name, hint in typing.get_type_hints(Settings).items():
-        kind = next(kind for kind in (*typing.get_args(hint), hint) if kind is not type(None))
-        flag, text = f"--{name.replace('_', '-')}", f"(default: {getattr(usual, name)})"
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", default=None, help=text)
-        elif name not in ("network", "dataset"):
-            parser.add_argument(flag, type=kind, help=text)
+    add_flags(parser, experiment.settings(network, dataset), ("network", "dataset"))
     options = parser.parse_args(arguments)
     settings = experiment.settings(network, options.dataset)
     changes = {name: getattr(options, name) for name in settings._fields if name in options}
     settings = settings._replace(**{k: v for k, v in changes.items() if v is not None})
     if options.strength is not None:
-        _check_strength(parser, options.method, options.strength)
+        check_strength(parser, METHODS, options.method, options.strength)
     try:
         strengths = {
             method: strength_of(method, network, options.dataset)
@@ -301,12 +295,33 @@ def main(
     return records
 
 
-def _check_strength(parser: argparse.ArgumentParser, methods: list[str], strength: float) -> None:
-    if len(methods) > 1:
+def add_flags(parser: argparse.ArgumentParser, settings: Any, without: Sequence[str] = ()) -> None:
+    """A flag for each of the settings, a NamedTuple; None where it is not given."""
+    for name, hint in typing.get_type_hints(type(settings)).items():
+        if name in without:
+            continue
+        kind = next(kind for kind in (*typing.get_args(hint), hint) if kind is not type(None))
+        flag, text = f"--{name.replace('_', '-')}", f"(default: {getattr(settings, name)})"
+        if kind is bool:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=action, default=None, help=text)
+        else:
+            parser.add_argument(flag, type=kind, help=text)
+
+
+def check_strength(
+    parser: argparse.ArgumentParser,
+    methods: Mapping[str, Method],
+    chosen: Sequence[str],
+    strength: float,
+) -> None:
+    """Ends the program where a strength that was given is no method's own."""
+    if len(chosen) > 1:
         parser.error("--strength is one method's own number; give one --method with it.")
-    (method,) = methods
-    if len(METHODS[method].strengths) == 1 and strength not in METHODS[method].strengths:
-        parser.error(f"--strength: {method} is a preset; --method gate has a gamma of its own.")
-    if strength < 0 or (not METHODS[method].bounded and not 0 < strength < 1):
-        allowed = "at least 0" if METHODS[method].bounded else "a sparsity, in (0, 1)"
-        parser.error(f"--strength {strength:g}: of {method} it is {allowed}.")
+    (name,) = chosen
+    method = methods[name]
+    if len(method.strengths) == 1 and strength not in method.strengths:
+        parser.error(f"--strength: {name} has {method.strengths[0]:g} and no other.")
+    if strength < 0 or (not method.bounded and not 0 < strength < 1):
+        allowed = "at least 0" if method.bounded else "a sparsity, in (0, 1)"
+        parser.error(f"--strength {strength:g}: of {name} it is {allowed}.")

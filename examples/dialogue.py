@@ -8,6 +8,8 @@ r"""Task-oriented dialogue, a Transformer made sparse: from all that was said to
 
 DIR of --folder has the files of Taskmaster-1: self-dialogs.json, woz-dialogs.json or both, and
 train.csv, dev.csv and test.csv with ids. --authors is the paper's own setting, for a GPU or TPU.
+The usual one is for two cores: 12,000 training pairs, and of a history the last 64 tokens, which
+cuts three histories of four on Schema-Guided Dialogue.
 """
 
 import argparse
@@ -28,15 +30,15 @@ USUAL = Settings(
     layers=2,
     dropout=0.2,
     source_length=64,
-    target_length=32,
-    row=128,
-    batch=12,
+    target_length=48,
+    row=192,
+    batch=8,
     train_pairs=12_000,
     test_pairs=1000,
     dense_epochs=15,
     loop_epochs=15,
     tune_epochs=2,
-    checks=40,
+    interval=300,
     share=0.97,
     beams=6,
     penalty=1.2,
@@ -49,26 +51,27 @@ QUICK = {
     "dense_epochs": 20,
     "loop_epochs": 20,
     "tune_epochs": 1,
-    "checks": 20,
+    "interval": 20,
     "fraction": 0.2,
     "validation_pairs": 100,
 }
-# Fifty pairs a batch are some 15 rows; a check every 300 batches. The learning rate is the largest
-# of the authors' three, the fraction the smaller of their two. Dense training is left open by them.
+# Fifty pairs of sgd a batch are some ten rows. Of what the authors list the largest learning rate,
+# the larger gamma and the smaller fraction; their bound, BLEU 6.03, belongs to their dense network:
+# here it is a share of one's own. How they trained that they leave open.
 AUTHORS = {
     "vocabulary": 32_000,
     "width": 256,
     "hidden": 256,
     "source_length": 255,
-    "target_length": 128,
-    "row": 512,
-    "batch": 15,
+    "target_length": 80,
+    "row": 768,
+    "batch": 10,
     "train_pairs": None,
     "test_pairs": None,
     "dense_epochs": 40,
     "loop_epochs": 40,
     "tune_epochs": 4,
-    "checks": 150,
+    "patience": 10,
     "bfloat16": True,
 }
 

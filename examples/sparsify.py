@@ -17,7 +17,6 @@ from .experiment import Dense, Experiment
 from .methods import Method
 
 ROUNDS = 8  # of a method that rewinds
-CHECKPOINT = 60  # seconds between two
 SMALLER = 0.9  # a point of the curve has so much of the parameters of the point before, or less
 
 
@@ -103,12 +102,13 @@ def sparsify(
         smaller = not curve or 1 - check.sparsity <= SMALLER * (1 - curve[-1].sparsity)
         if method.bounded and check.met_bound and smaller:
             curve.append(point(state.good, state.progress.good_metric))
-        due = overdue() or pruning.done(state) or time.monotonic() > saved + CHECKPOINT
+        late = overdue()
+        due = late or pruning.done(state) or time.monotonic() > saved + checkpoints.SECONDS
         if folder is not None and due:
             lines = [sj.check_to_json(each) for each in history]
             checkpoints.save(folder, check.check, state, {"history": lines, "curve": curve})
             saved = time.monotonic()
-        if overdue():
+        if late:
             raise OutOfTime
 
     state, _ = sj.run_pruning(pruning, state, on_check=on_check, progress_bar=progress_bar)

@@ -68,14 +68,16 @@ def with_batch_stats(apply: Callable[..., Any]) -> Forward:
 def in_bfloat16(forward: Forward) -> Forward:
     """Computes in bfloat16; params, statistics, gradients and logits stay in float32."""
 
-    def lower(tree):
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
-
     def computed(params, model_state, images):
-        logits, new_state = forward(lower(params), model_state, lower(images))
+        logits, new_state = forward(lowered(params), model_state, lowered(images))
         return logits.astype(jnp.float32), new_state
 
     return computed
+
+
+def lowered(tree: Any) -> Any:
+    """Each leaf in bfloat16."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
 
 
 def interval(

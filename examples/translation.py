@@ -30,7 +30,7 @@ USUAL = Settings(
     dense_epochs=40,
     loop_epochs=40,
     tune_epochs=4,
-    checks=40,
+    interval=190,  # an epoch
     share=0.97,
     smoothing=0.1,
 )
@@ -42,7 +42,7 @@ QUICK = {
     "dense_epochs": 20,
     "loop_epochs": 20,
     "tune_epochs": 1,
-    "checks": 20,
+    "interval": 20,
     "fraction": 0.2,
     "validation_pairs": 100,
 }

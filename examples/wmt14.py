@@ -4,9 +4,12 @@ r"""The paper's experiment on WMT14, English to German: for a GPU or TPU and the
     python -m examples.wmt14 --data-dir DIR --resume
     python -m examples.wmt14 --data-dir DIR --resume --method none
 
-Sizes, optimizer, gamma, fraction, accumulation and bound are the authors'. What their code leaves
-open is chosen so: batches of 50 pairs (6 packed rows), labels smoothed by 0.1, 10 epochs for the
-dense network. At the end the paper's curve is printed beside the new one; it was never run here.
+Sizes, optimizer, gamma, fraction, accumulation and the interval of 35,000 batches are the authors'.
+What their code leaves open is chosen so: batches of 50 pairs (6 packed rows), labels smoothed by
+0.1, 10 epochs for the dense network. Their bound, BLEU 27.2, is on pairs that they do not name:
+here it is 97 % of the dense network's greedy BLEU on newstest2013 (--bound 27.2 for theirs). Each
+start reads and encodes all 4.5 million pairs, and --minutes waits for the end of an interval. At
+the end the paper's curve is printed beside the new one; this experiment was never run here.
 """
 
 import argparse
@@ -36,9 +39,9 @@ USUAL = Settings(
     dense_epochs=10,
     loop_epochs=10,
     tune_epochs=4,
-    checks=25,
-    share=1.0,
-    bound=27.2,
+    interval=35_000,
+    share=0.97,
+    patience=10,
     validation_pairs=3000,
     bfloat16=True,
 )
@@ -47,6 +50,7 @@ USUAL = Settings(
 PAPER = {
     0.5: (0.535, 26.86, 26.33),
     0.6: (0.618, 26.60, 25.94),
+    0.65: (0.683, 26.81, 25.21),
     0.7: (0.712, 26.53, 25.21),
     0.75: (0.760, 26.02, 24.63),
     0.8: (0.799, 25.56, 24.63),
@@ -68,8 +72,8 @@ def beside_the_paper(record: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     found = {point["level"]: point for point in record["points"]}
     for level, (sparsity, bleu, magnitude) in PAPER.items():
-        point = found.get(level)
-        here = (f"{point['test']['bleu']:.2f}", f"{point['sparsity']:.3f}") if point else ("-", "-")
+        point = found.get(level)  # of 0.65 none is saved
+        here = (f"{point['bleu']:.2f}", f"{point['sparsity']:.3f}") if point else ("-", "-")
         table.add_row(f"{level:g}", f"{bleu:.2f}", f"{sparsity:.3f}", f"{magnitude:.2f}", *here)
     return table
 

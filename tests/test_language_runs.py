@@ -1,5 +1,6 @@
 """Whole runs of the language experiments, small: resumed as uninterrupted, tables, quick ones."""
 
+import itertools
 import json
 import re
 import shlex
@@ -9,16 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sacrebleu
+import tensorflow_datasets as tfds
 
 import sparsereg_jax as sj
 from examples import dialogue, translation, wmt14
 from examples.language import command, samples, sparsify, tables
 from examples.language.transformer import Transformer
 
+from .test_corpora import write_taskmaster, write_tiny
+
 SMALL = shlex.split(
     "--vocabulary 60 --width 16 --hidden 16 --heads 2 --layers 1 --source-length 16"
-    " --target-length 16 --row 16 --batch 8 --dense-epochs 2 --loop-epochs 5 --tune-epochs 1"
-    " --checks 10 --share 0 --fraction 0.25 --validation-pairs 10 --beams 2"
+    " --target-length 16 --row 16 --batch 8 --dense-epochs 2 --loop-epochs 5 --tune-epochs 2"
+    " --interval 15 --share 0 --fraction 0.25 --validation-pairs 10 --beams 2"
 )
 
 
@@ -55,20 +59,32 @@ class Clock:
 @pytest.mark.slow
 def test_cut_off_and_resumed_is_the_same(tmp_path, monkeypatch):
     path = write_pairs(tmp_path)
-    method = ["--method", "default", "--accumulate", "2", "--metric", "loss", "--share", "9"]
+    method = ["--method", "default", "--accumulate", "2", "--metric", "loss", "--share", "0.1"]
     (whole,) = translate(path, tmp_path / "whole", *method)
-    looks = iter([1, 12, 24, 30, 10**6])  # while training densely, in the loop, while tuning
-    parts, calls = [], 0
+    looks, parts, seen = iter([1, 12, 1, 7, 4, 10**6]), [], []
     while not parts:
         monkeypatch.setattr(sparsify, "time", Clock(next(looks)))
         parts = translate(path, tmp_path / "parts", *method, "--minutes", "60", "--resume")
-        calls += 1
-    assert calls > 3
+        (folder,) = (tmp_path / "parts" / "checkpoints").iterdir()
+        seen.append({file.name for file in folder.glob("**/*") if file.suffix or file.is_dir()})
+    # While the dense network trained; in the loop; while tuning; after scores were written.
+    assert "dense-seed0" in seen[0]
+    assert "loop" not in seen[0]
+    assert "loop" in seen[1]
+    assert not any(name.startswith(("tuning", "tuned")) for name in seen[1])
+    assert any(name.startswith("tuning") for name in set.union(*seen))
+    assert any(name.startswith("scores") for name in set.union(*seen))
     assert without_times(parts[0]) == without_times(whole)
     outputs = [tmp_path / out / "outputs/pairs-default-seed0.jsonl" for out in ("whole", "parts")]
     assert outputs[0].read_text() == outputs[1].read_text()
-    # What has a record is not run again.
+    levels = {point["level"] for point in whole["points"]}
+    saved = {path.stem for path in (tmp_path / "whole" / "networks").glob("*.safetensors")}
+    assert saved == {f"pairs-default-seed0-{level:g}" for level in levels}
+    # What has a record is not run again, unless the text is another one.
     assert translate(path, tmp_path / "whole", *method, "--resume") == [whole]
+    path.write_text(path.read_text() + "new\twen\n")
+    (other,) = translate(path, tmp_path / "whole", *method, "--resume")
+    assert other["digest"] != whole["digest"]
 
 
 @pytest.mark.slow
@@ -94,11 +110,11 @@ def test_records_and_tables(tmp_path, capsys):
         [line["sparse"] for line in lines], [[line["reference"] for line in lines]], tokenize="intl"
     ).score
     (point,) = [point for point in records[0]["points"] if point["level"] == 0.75]
-    np.testing.assert_allclose(point["test"]["bleu"], score)
+    np.testing.assert_allclose(point["bleu"], score)
     capsys.readouterr()
     tables.main(["--results", str(tmp_path)])
     shown = capsys.readouterr().out
-    mean = np.mean([record["points"][0]["test"]["bleu"] for record in (records[0], records[2])])
+    mean = np.mean([record["points"][0]["bleu"] for record in (records[0], records[2])])
     assert f"{mean:.2f} [" in shown
     assert shown.count("| none ") >= 2
     assert (tmp_path / "pairs.png").stat().st_size > 10_000
@@ -112,26 +128,66 @@ def test_records_and_tables(tmp_path, capsys):
 )
 def test_quick_runs(main, corpus, tmp_path):
     """What --quick does, with fewer epochs."""
-    fewer = shlex.split("--dense-epochs 2 --loop-epochs 2 --checks 8 --share 0 --test-pairs 20")
+    fewer = shlex.split("--dense-epochs 2 --loop-epochs 2 --interval 4 --share 0 --test-pairs 20")
     (record,) = main(["--quick", *fewer, "--out", str(tmp_path), "--method", "none"])
     assert corpus in record["data"].lower()
     assert record["points"][0]["level"] == 0.5
 
 
-def test_wmt14_is_the_papers():
-    settings = wmt14.USUAL
-    assert (settings.width, settings.hidden, settings.heads, settings.layers) == (512, 2048, 8, 6)
-    assert (settings.bound, settings.accumulate, settings.fraction) == (27.2, 3, 0.1)
-    point = {"level": 0.75, "sparsity": 0.751, "test": {"bleu": 25.5}}
-    table = wmt14.beside_the_paper({"points": [point]})
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # tensorflow-datasets' own
+def test_wmt14_on_a_tiny_copy(tmp_path, capsys):
+    rows = {
+        split: [{"en": f"one {i}", "de": f"eins {i}"} for i in range(number)]
+        for split, number in (("train", 60), ("validation", 10), ("test", 10))
+    }
+    features = tfds.features.Translation(languages=("de", "en"))
+    write_tiny("wmt14_translate", "de-en", "1.0.0", features, rows, tmp_path)
+    small = [*SMALL[2:], "--vocabulary", "40", "--batch", "2", "--no-bfloat16"]
+    arguments = [*small, "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
+    (record,) = wmt14.main(arguments)
+    assert record["data"] == "wmt14_translate/de-en, en to de"
+    assert "26.86" in capsys.readouterr().out
+    assert wmt14.main([*arguments, "--bound", "99"]) == []
+    assert "misses the bound 99" in capsys.readouterr().out
+
+
+def test_beside_the_paper():
+    table = wmt14.beside_the_paper({"points": [{"level": 0.75, "sparsity": 0.751, "bleu": 25.5}]})
     cells = [list(column.cells) for column in table.columns]
-    assert cells[1] == ["26.86", "26.60", "26.53", "26.02", "25.56"]
-    assert cells[4] == ["-", "-", "-", "25.50", "-"]
+    assert cells[1] == ["26.86", "26.60", "26.81", "26.53", "26.02", "25.56"]
+    assert cells[4] == ["-", "-", "-", "-", "25.50", "-"]
+
+
+@pytest.mark.slow
+def test_dialogues_from_files(tmp_path):
+    write_taskmaster(tmp_path, tmp_path)
+    small = [*SMALL[2:], "--vocabulary", "70", "--batch", "1", "--train-pairs", "4"]
+    (record,) = dialogue.main(
+        [*small, "--folder", str(tmp_path), "--out", str(tmp_path / "out"), "--authors"]
+    )
+    assert record["pairs"] == [4, 2]
+    assert record["settings"]["beams"] == 2  # what is given goes before --authors
+    assert record["settings"]["patience"] == 10
+
+
+@pytest.mark.slow
+def test_a_bound_on_bleu_holds_the_loop(tmp_path):
+    path = write_pairs(tmp_path)
+    more = ["--dense-epochs", "40", "--share", "0.9", "--method", "none", "--width", "32"]
+    (record,) = translate(path, tmp_path, *more)
+    assert record["dense_metric"] > 20  # it has learned something
+    assert record["bound"] == pytest.approx(0.9 * record["dense_metric"])
+    met = [met for *_, met in record["curve"]]
+    assert True in met
+    assert False in met
+    for (sparsity, _, held), (following, *_) in itertools.pairwise(record["curve"]):
+        assert (following > sparsity) == held  # pruned where the bound was met, and only there
 
 
 def test_kinds_of_layers_are_all():
     """Every parameter of the Transformer is of one kind, and of one alone."""
-    model = Transformer(20, 8, 8, 2, 2, 16)
+    model = Transformer(20, 8, 8, 2, 2, 16, 16)
     tokens = jnp.ones((1, 4), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)
     full = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
@@ -147,6 +203,11 @@ def test_wrong_options(tmp_path, capsys):
         (["--tsv", str(tmp_path / "no.tsv"), "--dataset", "x"], "give one of them"),
         (["--method", "l2", "none", "--strength", "1"], "one --method with it"),
         (["--metric", "accuracy"], "neither 'bleu' nor 'loss'"),
+        (["--tsv", str(tmp_path / "no.tsv")], "no.tsv"),
+        (["--width", "30"], "heads: 4 do not divide the width, 30"),
+        (["--vocabulary", "20"], "vocabulary: 20 does not fit"),
+        (["--interval", "0"], "interval: 0 is too small"),
+        (["--method", "paper", "--strength", "1"], "paper has 1e-05 and no other"),
     ):
         with pytest.raises(SystemExit):
             translation.main([*arguments, "--out", str(tmp_path)])

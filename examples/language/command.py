@@ -5,7 +5,6 @@ import hashlib
 import json
 import shutil
 import time
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,10 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+import sparsereg_jax as sj
+
 from .. import checkpoints
+from ..command import add_flags, check_strength
 from ..hardware import hardware
 from ..methods import fingerprint
 from . import experiment, sparsify
@@ -39,8 +41,8 @@ def recorded(
     if not path.exists():
         return None
     record = json.loads(path.read_text())
-    wanted = (bench.settings._asdict(), fingerprint(METHODS[method]), strength, bench.corpus.title)
-    keys = ("settings", "fingerprint", "strength", "data")
+    wanted = (bench.settings._asdict(), fingerprint(METHODS[method]), strength, bench.digest)
+    keys = ("settings", "fingerprint", "strength", "digest")
     return record if tuple(record.get(key) for key in keys) == wanted else None
 
 
@@ -57,8 +59,9 @@ def run(
 ) -> dict[str, Any]:
     """One run and its record, ``OUT/CORPUS-METHOD-seedN.json``; see :mod:`.sparsify`.
 
-    Beside it, in ``OUT/outputs``, a line of JSON for each test pair: source, reference, what the
-    dense network made of it, and the sparse one at :data:`SHOWN`.
+    Beside it, in ``OUT/networks``, are the sparse networks and a line of JSON a check; in
+    ``OUT/outputs`` a line of JSON for each test pair: source, reference, what the dense network
+    made of it, and the sparse one at :data:`SHOWN`.
     """
     settings, row = bench.settings, METHODS[method]
     identity = hashlib.sha256(repr((settings, fingerprint(row))).encode()).hexdigest()[:8]
@@ -69,8 +72,11 @@ def run(
         bench, row, strength, seed, folder, deadline=deadline, progress_bar=progress_bar
     )
     name = stem(bench, method, seed)
+    networks = out / "networks"
+    networks.mkdir(parents=True, exist_ok=True)
     record = {
         "data": bench.corpus.title,
+        "digest": bench.digest,
         "split": bench.corpus.note,
         "pairs": [len(bench.train_pairs.source), len(bench.test.references)],
         "padding": bench.train.padding(),
@@ -84,15 +90,15 @@ def run(
         "signatures": [str(BLEU.get_signature()), str(CHRF.get_signature())],
         "bound": done.bound,
         "dense_metric": done.dense_metric,
-        "dense": _numbers(*done.dense),
+        "dense": _numbers(done.dense),
         "points": [
             {
                 "level": point.level,
                 "sparsity": point.sparsity,
                 "kinds": point.kinds,
                 "metric": point.metric,
-                "file_bytes": point.bytes,
-                **_numbers(point.validation, point.test),
+                "file_bytes": point.file.stat().st_size,
+                **_numbers(point.scores),
             }
             for point in done.points
         ],
@@ -103,6 +109,10 @@ def run(
         "seconds": done.seconds,
         **hardware(),
     }
+    for point in done.points:
+        shutil.move(point.file, networks / f"{name}-{point.level:g}.safetensors")
+    lines = [sj.check_to_json(check) + "\n" for check in done.history]
+    (networks / f"{name}.jsonl").write_text("".join(lines))
     _write_outputs(out / "outputs" / f"{name}.jsonl", bench, done)
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
@@ -114,21 +124,25 @@ def show(console: Console, record: dict[str, Any]) -> None:
     title = f"{record['data']}: {METHODS[record['method']].title}, seed {record['seed']}"
     table = Table(title=title)
     kinds = list(record["points"][0]["kinds"]) if record["points"] else []
-    for column in ("sparsity, %", *kinds, "BLEU", "chrF", "loss", "validation BLEU"):
+    for column in ("sparsity, %", *kinds, "BLEU", "chrF", "loss", "validation loss"):
         table.add_column(column, justify="right")
     rows = [{"sparsity": 0.0, "kinds": dict.fromkeys(kinds, 0.0), **record["dense"]}]
     for row in rows + record["points"]:
-        test = row["test"]
         table.add_row(
             f"{100 * row['sparsity']:.1f}",
             *(f"{100 * row['kinds'][kind]:.1f}" for kind in kinds),
-            f"{test['bleu']:.2f}",
-            f"{test['chrf']:.2f}",
-            f"{test['loss']:.3f}",
-            f"{row['validation']['bleu']:.2f}",
+            f"{row['bleu']:.2f}",
+            f"{row['chrf']:.2f}",
+            f"{row['loss']:.3f}",
+            f"{row['validation_loss']:.3f}",
         )
     console.print(table)
-    console.print(f"{record['parameters']:,} parameters; bound {record['bound']:.4g}")
+    console.print(
+        f"{record['parameters']:,} parameters. In the loop: {record['settings']['metric']} of the"
+        f" dense network {record['dense_metric']:.4g}, bound {record['bound']:.4g}."
+    )
+    if record["settings"]["metric"] == "bleu" and record["dense_metric"] < 1:
+        console.print("The dense network cannot do its task: such a bound says nothing.")
 
 
 def main(
@@ -165,23 +179,19 @@ def main(
         said = ", ".join(f"{field} {value}" for field, value in changed.items())
         parser.add_argument(f"--{name}", action="store_true", help=said)
     parser.add_argument("--dense-only", action="store_true", help="the dense networks alone")
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--out", type=Path, help="for records (default: results, or results/quick)")
     parser.add_argument(
         "--resume",
         action="store_true",
         help="take up what was cut off, and leave what has a record (dense networks always stay)",
     )
     parser.add_argument("--minutes", type=float, help="stop with a checkpoint after so many")
-    for name, hint in typing.get_type_hints(Settings).items():
-        kind = next(kind for kind in (*typing.get_args(hint), hint) if kind is not type(None))
-        flag, text = f"--{name.replace('_', '-')}", f"(default: {getattr(settings, name)})"
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", default=None, help=text)
-        else:
-            parser.add_argument(flag, type=kind, help=text)
+    add_flags(parser, settings)
     options = parser.parse_args(arguments)
-    if options.strength is not None and len(options.method) > 1:
-        parser.error("--strength is one method's own number; give one --method with it.")
+    if options.strength is not None:
+        check_strength(parser, METHODS, options.method, options.strength)
+    quick = "quick" in variants and options.quick
+    out = options.out or Path("results/quick" if quick else "results")
     given = {name: getattr(options, name) for name in settings._fields}
     changes = {name: value for name, value in given.items() if value is not None}
     chosen = [changed for name, changed in variants.items() if getattr(options, name)]
@@ -192,7 +202,7 @@ def main(
     console = Console()
     try:
         bench = experiment.load(settings, corpus(options))
-    except (ValueError, ImportError) as wrong:
+    except (ValueError, ImportError, OSError) as wrong:
         parser.error(str(wrong))
     source, target = bench.train.padding()
     console.print(
@@ -203,23 +213,26 @@ def main(
     try:
         for seed in options.seed:
             if options.dense_only:
-                _dense_only(console, bench, seed, options.out, deadline)
+                _dense_only(console, bench, seed, out, deadline)
                 continue
             for method in options.method:
-                strength = options.strength if options.strength is not None else STRENGTHS[method]
-                known = recorded(options.out, bench, method, strength, seed)
-                if not (options.resume and known is not None):
-                    known = run(
+                strength = STRENGTHS[method] if options.strength is None else options.strength
+                record = recorded(out, bench, method, strength, seed) if options.resume else None
+                try:
+                    record = record or run(
                         bench,
                         method,
                         strength,
                         seed,
-                        options.out,
+                        out,
                         resume=options.resume,
                         deadline=deadline,
                     )
-                records.append(known)
-                show(console, known)
+                except sj.PruningError as wrong:  # a dense network below the bound, say
+                    console.print(f"{method}, seed {seed}: {wrong}", style="red")
+                    continue
+                records.append(record)
+                show(console, record)
     except checkpoints.OutOfTime:
         console.print("The time is up: the same command with --resume goes on.")
     return records
@@ -230,43 +243,37 @@ def _dense_only(console, bench, seed, out, deadline):
     overdue = (lambda: False) if deadline is None else lambda: time.monotonic() > deadline
     folder = experiment.folder(out, bench) / f"dense-seed{seed}"
     dense = experiment.dense(bench, seed, folder, overdue, progress_bar=True)
-    validation, test = sparsify.both(bench, dense.params)
+    scores = experiment.scores(bench, dense.params)
     size = sum(leaf.size for leaf in jax.tree.leaves(dense.params))
     record = {
         "data": bench.corpus.title,
+        "digest": bench.digest,
         "seed": seed,
         "settings": bench.settings._asdict(),
         "parameters": size,
-        **_numbers(validation, test),
+        **_numbers(scores),
         **hardware(),
     }
     path = out / f"{experiment.name(bench)}-dense-width{bench.settings.width}-seed{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     console.print(
-        f"width {bench.settings.width}, {size:,} parameters: test BLEU {test.bleu:.2f}, chrF"
-        f" {test.chrf:.2f}, loss {test.loss:.3f}; validation BLEU {validation.bleu:.2f}"
+        f"width {bench.settings.width}, {size:,} parameters: BLEU {scores.bleu:.2f}, chrF"
+        f" {scores.chrf:.2f}, loss {scores.loss:.3f}; on validation pairs, greedy, BLEU"
+        f" {scores.validation_bleu:.2f}, loss {scores.validation_loss:.3f}"
     )
 
 
-def _numbers(validation: Scores, test: Scores) -> dict[str, dict[str, float]]:
-    def numbers(scores):
-        return {
-            "bleu": scores.bleu,
-            "chrf": scores.chrf,
-            "loss": scores.loss,
-            "perplexity": scores.perplexity,
-        }
-
-    return {"validation": numbers(validation), "test": numbers(test)}
+def _numbers(scores: Scores) -> dict[str, float]:
+    return {name: number for name, number in scores._asdict().items() if name != "outputs"}
 
 
 def _write_outputs(path: Path, bench: Experiment, done: Run) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    outputs = {"dense": done.dense[1].outputs}
+    outputs = {"dense": done.dense.outputs}
     for point in done.points:
         if point.level == SHOWN:
-            outputs["sparse"] = point.test.outputs
+            outputs["sparse"] = point.scores.outputs
     columns = {"source": bench.test_pairs.source, "reference": bench.test.references, **outputs}
     with path.open("w") as file:
         for row in zip(*columns.values(), strict=True):

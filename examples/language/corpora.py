@@ -40,27 +40,31 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[\W\d_]+", " ", text.casefold()).split())
 
 
-def by_hash(pairs: Iterable[tuple[str, str]], title: str, key: int = 0) -> Corpus:
-    """Splits by a hash of what is :func:`plain` of one side, so that no near-duplicate is torn.
+def by_hash(
+    pairs: Iterable[tuple[str, str]], title: str, keys: Iterable[str] | None = None
+) -> Corpus:
+    """Splits by a hash of what is :func:`plain` of a key, so that no near-duplicate is torn.
 
     Args:
-      pairs: source and target.
+      pairs: source and target; the same pair again is left out.
       title: of the corpus.
-      key: the side, 0 or 1, that is hashed.
+      keys: a text for each pair; by default its source.
 
     Returns:
       The corpus: 5 % for validation, 7 % for the test.
     """
     splits: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
-    keys, number = set(), 0
-    for pair in dict.fromkeys(pairs):
-        same = plain(pair[key])
+    pairs = list(pairs)
+    keys = [source for source, _ in pairs] if keys is None else keys
+    seen, number = set(), 0
+    for pair, key in dict(zip(pairs, keys, strict=True)).items():
+        same = plain(key)
         share = int.from_bytes(hashlib.sha256(same.encode()).digest()[:8], "big") / 2**64
         splits["validation" if share < 0.05 else "test" if share < 0.12 else "train"].append(pair)
-        keys.add(same)
+        seen.add(same)
         number += 1
     note = (
-        f"{number} pairs, split by a hash; {number - len(keys)} near-duplicates (alike but for"
+        f"{number} pairs, split by a hash; {number - len(seen)} near-duplicates (alike but for"
         " case, digits and punctuation) are in the split of the one that they repeat"
     )
     train, validation, test = map(_pairs, splits.values())
@@ -91,7 +95,7 @@ def tsv(path: Path) -> Corpus:
       ValueError: a line is no pair.
     """
     pairs = []
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, 1):
             fields = line.rstrip("\r\n").split("\t")
             if len(fields) != 2 or not all(fields):
@@ -145,20 +149,24 @@ def translation(name: str, data_dir: str | Path | None = None, source: str | Non
 def chatterbot() -> Corpus:
     """Utterances and replies in English, from ``chatterbot-corpus``.
 
-    Each utterance but the first of a conversation is a reply. Several replies to the same utterance
-    are in the same split.
+    Each utterance but the first of a conversation is a reply. Conversations that begin alike are in
+    the same split.
     """
     import yaml
 
-    pairs = []
+    pairs, first = [], []
     folder = importlib.resources.files("chatterbot_corpus") / "data/english"
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if path.name.endswith(".yml"):
-            for turns in yaml.safe_load(path.read_text())["conversations"]:
+            for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
                 for last in range(1, len(turns)):
                     said = [((last - i) % 2 == 1, str(turns[i])) for i in range(last + 1)]
-                    pairs += turn_pairs(said)[-1:]
-    return by_hash(pairs, "chatterbot-corpus, English")._replace(symbols=TAGS)
+                    pairs += (found := turn_pairs(said)[-1:])
+                    first += [str(turns[0])] * len(found)
+    corpus = by_hash(pairs, "chatterbot-corpus, English", first)
+    number = sum(len(split.source) for split in corpus[:3])
+    note = f"{number} pairs, split by a hash of how a conversation begins"
+    return corpus._replace(note=note, symbols=TAGS)
 
 
 def taskmaster(folder: Path) -> Corpus:
@@ -176,7 +184,8 @@ def taskmaster(folder: Path) -> Corpus:
     """
     paths = [path for name in ("self", "woz") if (path := folder / f"{name}-dialogs.json").exists()]
     lists = folder if (folder / "train.csv").exists() else folder / "train-dev-test"
-    if not paths or not (lists / "train.csv").exists():
+    splits = {split: lists / f"{split}.csv" for split in ("train", "dev", "test")}
+    if not paths or not all(path.exists() for path in splits.values()):
         raise ValueError(
             f"dialogues: {folder} needs self-dialogs.json (or woz-dialogs.json), and train.csv,"
             " dev.csv and test.csv with ids of conversations, there or in train-dev-test."
@@ -195,15 +204,15 @@ def taskmaster(folder: Path) -> Corpus:
                 f" of speaker and text: {error!r}"
             ) from error
     found, listed = [], 0
-    for split in ("train", "dev", "test"):
-        with (lists / f"{split}.csv").open(newline="") as file:
+    for path in splits.values():
+        with path.open(encoding="utf-8", newline="") as file:
             names = [row[0].strip() for row in csv.reader(file) if row]
         known = [dialogues[name] for name in names if name in dialogues]
         listed += len(known)
         found.append(_pairs(pair for turns in known for pair in turn_pairs(turns)))
     note = f"the files' own splits, by dialogue; {len(dialogues) - listed} in none are left out"
     train, validation, test = found
-    return Corpus(train, validation, test, folder.name, note, TAGS)
+    return Corpus(train, validation, test, folder.resolve().name, note, TAGS)
 
 
 def dialogues(name: str, data_dir: str | Path | None = None) -> Corpus:

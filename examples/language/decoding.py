@@ -37,7 +37,7 @@ def greedy(model: Transformer, length: int) -> Callable[[Any, jax.Array], jax.Ar
             logits, cache = model.apply(
                 params, token, position, memory, cache, method=model.next_token
             )
-            token = jnp.where(done, PAD, jnp.argmax(logits, axis=-1)).astype(tokens.dtype)
+            token = jnp.where(done, PAD, jnp.argmax(_words(logits), axis=-1)).astype(tokens.dtype)
             tokens = tokens.at[:, position].set(token)
             return position + 1, token, done | (token == EOS), tokens, cache
 
@@ -102,7 +102,7 @@ def beam_search(
             logits, cache = model.apply(
                 params, token, position, memory, state.cache, method=model.next_token
             )
-            step_log = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, beams, -1)
+            step_log = jax.nn.log_softmax(_words(logits)).reshape(batch, beams, -1)
             vocabulary = step_log.shape[-1]
             total = (state.log_probability[..., None] + step_log).reshape(batch, -1)
             # Of so many at most half end, so that enough are left to go on with.
@@ -142,6 +142,11 @@ def beam_search(
         )
 
     return decode
+
+
+def _words(logits):
+    """In float32, and never ``PAD``, which is no word."""
+    return logits.astype(jnp.float32).at[:, PAD].set(LOWEST)
 
 
 def _take(array, which):

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,9 +37,10 @@ class Settings(NamedTuple):
     dense_epochs: int
     loop_epochs: int
     tune_epochs: int  # of each reported network
-    checks: int  # in the loop
-    share: float  # of the dense network's metric, the bound; of a loss the multiple allowed
+    interval: int  # batches between two checks, rounded up to whole steps of the optimizer
+    share: float  # the bound: so much of the dense network's BLEU, or its loss divided by it
     bound: float | None = None  # instead, the metric itself
+    patience: int | None = None  # stop when the metric got worse so many checks in a row
     fraction: float = 0.1  # of what is left, pruned at a check that meets the bound
     metric: str = "bleu"  # of greedy decoding, or "loss", on validation pairs
     validation_pairs: int = 300  # that are decoded
@@ -56,23 +58,20 @@ class Settings(NamedTuple):
 class Tokens(NamedTuple):
     """A split as tokens."""
 
-    sources: list[list[int]]
+    sources: list[np.ndarray]  # each with EOS
     references: list[str]
     packed: text.Packed
 
 
 class Scores(NamedTuple):
-    """Of a network on a split."""
+    """Of a network."""
 
-    loss: float  # nats a token
-    bleu: float
+    validation_loss: float  # nats a token
+    validation_bleu: float  # of greedy decoding, on the pairs that the loop decodes
+    loss: float  # on the test pairs, as the following ones
+    bleu: float  # of beam search
     chrf: float
     outputs: list[str]
-
-    @property
-    def perplexity(self) -> float:
-        """Of a token."""
-        return math.exp(self.loss)
 
 
 class Experiment(NamedTuple):
@@ -80,20 +79,22 @@ class Experiment(NamedTuple):
 
     settings: Settings
     corpus: Corpus
+    digest: str  # of the text
     tokenizer: sentencepiece.SentencePieceProcessor
     model: Transformer
     train_pairs: Pairs
     test_pairs: Pairs
     train: text.Packed
     validation: Tokens
+    few: Tokens  # validation pairs that the loop decodes
     test: Tokens
-    steps: int  # of a batch, an epoch
-    metric: Callable[[Any], float]  # of params, on the validation pairs, in the loop
+    steps: int  # batches an epoch
     loss: Callable[[Any, Tokens], float]  # of params, nats a token
+    greedy: Callable[[Any, jax.Array], jax.Array]
     search: Callable[[Any, jax.Array], jax.Array]  # beam search
 
 
-# Without a look at the outputs' details: what the paper's figures are nearest to.
+# The tokenization nearest to that of the paper's figures.
 BLEU = sacrebleu.metrics.BLEU(tokenize="intl")
 CHRF = sacrebleu.metrics.CHRF()
 
@@ -102,22 +103,28 @@ def load(settings: Settings, corpus: Corpus) -> Experiment:
     """Learns the tokens from the training pairs, encodes all and makes the network.
 
     Raises:
-      ValueError: a setting does not fit the corpus.
+      ValueError: a setting is out of range or does not fit the corpus.
     """
-    train_pairs = _some(corpus.train, settings.train_pairs)
-    if settings.metric not in ("bleu", "loss"):
-        raise ValueError(f"metric: {settings.metric!r} is neither 'bleu' nor 'loss'.")
+    _check(settings, corpus)
+    train_pairs, test_pairs = (
+        _some(corpus.train, settings.train_pairs),
+        _some(corpus.test, settings.test_pairs),
+    )
     learned = [*dict.fromkeys(train_pairs.source), *train_pairs.target]
     if corpus.symbols:  # each history repeats the one before: the replies and last turns say all
-        learned = [*train_pairs.target, *(_last_turn(source) for source in train_pairs.source)]
-    tokenizer = text.train_tokenizer(learned, settings.vocabulary, corpus.symbols)
+        learned = [*train_pairs.target, *map(_last_turn, train_pairs.source)]
+    try:
+        tokenizer = text.train_tokenizer(learned, settings.vocabulary, corpus.symbols)
+    except RuntimeError as error:
+        raise ValueError(f"vocabulary: {settings.vocabulary} does not fit: {error}") from error
     model = Transformer(
         tokenizer.vocab_size(),
         settings.width,
         settings.hidden,
         settings.heads,
         settings.layers,
-        max(settings.source_length, settings.target_length),
+        settings.source_length,
+        settings.target_length,
         settings.dropout,
     )
 
@@ -125,7 +132,13 @@ def load(settings: Settings, corpus: Corpus) -> Experiment:
         keep = "last" if corpus.symbols else "first"
         sources = text.encode(tokenizer, pairs.source, settings.source_length, keep)
         targets = text.encode(tokenizer, pairs.target, settings.target_length)
-        packed = text.pack(sources, targets, *_rows(settings, sources, targets))
+        # Neighbours in a file are alike, and a row keeps its sentences for all epochs: shuffled.
+        order = np.random.default_rng(0).permutation(len(sources))
+        packed = text.pack(
+            [sources[i] for i in order],
+            [targets[i] for i in order],
+            *_rows(settings, sources, targets),
+        )
         return Tokens(sources, list(pairs.target), packed)
 
     train = tokens(train_pairs).packed
@@ -133,36 +146,52 @@ def load(settings: Settings, corpus: Corpus) -> Experiment:
         raise ValueError(
             f"batch: {settings.batch} rows are more than the {len(train.source)} of training."
         )
-    validation = tokens(corpus.validation)
-    few = tokens(_some(corpus.validation, settings.validation_pairs))
-    test_pairs = _some(corpus.test, settings.test_pairs)
-    loss = _loss(model)
-    greedy = decoding.greedy(model, settings.target_length)
     beam = decoding.beam_search(model, settings.target_length, settings.beams, settings.penalty)
-
-    def metric(params: Any) -> float:
-        if settings.metric == "loss":
-            return loss(params, validation)
-        return bleu(generate(greedy, params), few.references)
-
-    def generate(search, params):
-        return _generate(search, params, few, tokenizer, settings)
-
     return Experiment(
         settings,
         corpus,
+        hashlib.sha256(repr(corpus).encode()).hexdigest()[:16],
         tokenizer,
         model,
         train_pairs,
         test_pairs,
         train,
-        validation,
+        tokens(corpus.validation),
+        tokens(_some(corpus.validation, settings.validation_pairs)),
         tokens(test_pairs),
         len(train.source) // settings.batch,
-        metric,
-        loss,
+        _loss(model),
+        decoding.greedy(model, settings.target_length),
         lambda params, source: beam(params, source)[0],
     )
+
+
+def _check(settings: Settings, corpus: Corpus) -> None:
+    zero = ("dropout", "smoothing", "penalty", "warmup", "share", "bound", "dense_epochs")
+    for name, value in settings._asdict().items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and (value < 0 or (value == 0 and name not in zero)):
+            raise ValueError(f"{name}: {value} is too small.")
+    if settings.metric not in ("bleu", "loss"):
+        raise ValueError(f"metric: {settings.metric!r} is neither 'bleu' nor 'loss'.")
+    if settings.width % settings.heads:
+        raise ValueError(f"heads: {settings.heads} do not divide the width, {settings.width}.")
+    for name in ("train", "validation", "test"):
+        if not getattr(corpus, name).source:
+            raise ValueError(f"{corpus.title}: there are no {name} pairs.")
+
+
+def metric(experiment: Experiment, params: Any) -> float:
+    """What steers the loop: greedy BLEU on some validation pairs, or the loss on all of them."""
+    if experiment.settings.metric == "loss":
+        return experiment.loss(params, experiment.validation)
+    return greedy_bleu(experiment, params)
+
+
+def greedy_bleu(experiment: Experiment, params: Any) -> float:
+    """On the validation pairs that the loop decodes."""
+    few = experiment.few
+    return bleu(_generate(experiment, experiment.greedy, params, few), few.references)
 
 
 def bleu(outputs: Sequence[str], references: Sequence[str]) -> float:
@@ -170,13 +199,18 @@ def bleu(outputs: Sequence[str], references: Sequence[str]) -> float:
     return BLEU.corpus_score(list(outputs), [list(references)]).score
 
 
-def scores(experiment: Experiment, params: Any, tokens: Tokens) -> Scores:
-    """Loss, and BLEU and chrF of beam search."""
-    outputs = _generate(
-        experiment.search, params, tokens, experiment.tokenizer, experiment.settings
+def scores(experiment: Experiment, params: Any) -> Scores:
+    """On validation pairs; on the test pairs by beam search."""
+    test = experiment.test
+    outputs = _generate(experiment, experiment.search, params, test)
+    return Scores(
+        experiment.loss(params, experiment.validation),
+        greedy_bleu(experiment, params),
+        experiment.loss(params, test),
+        bleu(outputs, test.references),
+        CHRF.corpus_score(outputs, [test.references]).score,
+        outputs,
     )
-    chrf = CHRF.corpus_score(outputs, [tokens.references]).score
-    return Scores(experiment.loss(params, tokens), bleu(outputs, tokens.references), chrf, outputs)
 
 
 def train_loss(model: Transformer, smoothing: float, bfloat16: bool) -> trainer.Loss:
@@ -185,7 +219,7 @@ def train_loss(model: Transformer, smoothing: float, bfloat16: bool) -> trainer.
     def loss(params, model_state, batch, key):
         source, target = (side.astype(jnp.int32) for side in batch)
         if bfloat16:
-            params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+            params = trainer.lowered(params)
         logits: Any = model.apply(params, source, target, train=True, rngs={"dropout": key})
         each = cross_entropy(logits, target, smoothing)
         return each.sum() / jnp.maximum(1, jnp.sum(target != PAD)), model_state
@@ -214,7 +248,7 @@ def make_trainer(
 
 
 def parts(experiment: Experiment) -> int:
-    """So many parts has an epoch, a checkpoint after each: none is longer than 5,000 batches."""
+    """So many parts has an epoch, after which a checkpoint may be: 5,000 batches at most."""
     return math.ceil(experiment.steps / 5000)
 
 
@@ -271,17 +305,16 @@ def dense(
 def folder(out: Path, experiment: Experiment) -> Path:
     """The folder for checkpoints of all runs that start from the same dense networks."""
     shared = experiment.settings._replace(
-        loop_epochs=0, tune_epochs=0, checks=0, share=0.0, bound=None, fraction=0.0, metric="",
-        beams=0, penalty=0.0, validation_pairs=0, test_pairs=0,
+        loop_epochs=0, tune_epochs=0, interval=0, share=0.0, bound=None, patience=None,
+        fraction=0.0, metric="", beams=0, penalty=0.0, validation_pairs=0, test_pairs=0,
     )  # fmt: skip
-    data = hashlib.sha256(experiment.train.source.tobytes() + experiment.train.target.tobytes())
-    digest = hashlib.sha256((repr(shared) + data.hexdigest()).encode()).hexdigest()[:8]
+    digest = hashlib.sha256((repr(shared) + experiment.digest).encode()).hexdigest()[:8]
     return out / "checkpoints" / f"{name(experiment)}-{digest}"
 
 
 def name(experiment: Experiment) -> str:
     """Of the files of an experiment."""
-    return "".join(c if c.isalnum() else "-" for c in experiment.corpus.title.split(",")[0].lower())
+    return re.sub(r"[\W_]+", "-", experiment.corpus.title.lower()).strip("-")
 
 
 def _loss(model):
@@ -306,9 +339,9 @@ def _loss(model):
     return loss
 
 
-def _generate(search, params, tokens, tokenizer, settings):
-    rows = text.generate(search, params, tokens.sources, 100, settings.source_length)
-    return text.decode(tokenizer, rows)
+def _generate(experiment, decode, params, tokens):
+    rows = text.generate(decode, params, tokens.sources, 100, experiment.settings.source_length)
+    return text.decode(experiment.tokenizer, rows)
 
 
 def _rows(settings, sources, targets):

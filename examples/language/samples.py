@@ -11,6 +11,11 @@ from pathlib import Path
 def page(path: Path, number: int = 10) -> str:
     """Markdown: sentences at even distances in the file."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if len(lines) < number or "sparse" not in lines[0]:
+        raise ValueError(
+            f"{path}: has {len(lines)} sentences; {number} are needed, with the output of a sparse"
+            " network (a run that did not come to 75 % has none)."
+        )
     chosen = [lines[(2 * i + 1) * len(lines) // (2 * number)] for i in range(number)]
     parts = [f"# {path.stem}: {number} of {len(lines)} test sentences, evenly spaced"]
     for i, line in enumerate(chosen, 1):

@@ -1,7 +1,9 @@
 """One run: a method makes the Transformer of a seed sparse; networks on the way are tuned."""
 
+import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +37,8 @@ class Point(NamedTuple):
     sparsity: float  # share of all parameters that are zero
     kinds: dict[str, float]  # sparsity of each kind of layer
     metric: float  # in the loop
-    bytes: int  # of its sparse file
-    validation: Scores
-    test: Scores
+    file: Path  # its params, sparse
+    scores: Scores
 
 
 class Run(NamedTuple):
@@ -46,10 +47,10 @@ class Run(NamedTuple):
     history: list[sj.Check]
     bound: float
     dense_metric: float
-    dense: tuple[Scores, Scores]  # on validation and test pairs
+    dense: Scores
     points: list[Point]
     parameters: int
-    seconds: float  # of loop and tuning
+    seconds: float  # of the loop
 
 
 def sparsify(
@@ -82,6 +83,7 @@ def sparsify(
 
     Raises:
       OutOfTime: the deadline has passed.
+      PruningError: (a ValueError) the dense network misses the bound.
     """
 
     def overdue() -> bool:
@@ -91,27 +93,27 @@ def sparsify(
     dense = experiment.dense(
         bench, seed, folder.parent / f"dense-seed{seed}", overdue, progress_bar
     )
-    interval = max(1, settings.loop_epochs * bench.steps // settings.checks)
-    updates = settings.checks * interval // settings.accumulate
-    rate = optax.cosine_decay_schedule(settings.learning_rate, max(1, updates))
+    interval = settings.accumulate * -(-settings.interval // settings.accumulate)
+    checks = max(1, settings.loop_epochs * bench.steps // interval)
+    rate = optax.cosine_decay_schedule(
+        settings.learning_rate, checks * interval // settings.accumulate
+    )
     steps_per_epoch = max(1, bench.steps // settings.accumulate)
     tx = experiment.accumulated(
         settings, sj.hold_zeros(method.optimizer(rate, strength, steps_per_epoch))
     )
-    recovery = None
-    if method.recovery is not None:
-        recovery = max(1, round(method.recovery * settings.checks))
     pruning = sj.iterative_pruning(
         tx,
         experiment.make_trainer(bench, tx, interval),
-        bench.metric,
-        method.propose(strength, settings.fraction, settings.checks),
-        settings.bound or (lambda dense_metric: settings.share * dense_metric),
+        lambda params: experiment.metric(bench, params),
+        method.propose(strength, settings.fraction, checks),
+        _bound(settings),
         mode="max" if settings.metric == "bleu" else "min",
-        max_checks=settings.checks,
-        steps_per_check=interval,
+        max_checks=checks,
+        steps_per_check=interval // settings.accumulate,
         mask=sj.every_parameter,
-        recovery=recovery,
+        recovery=None if method.recovery is None else max(1, round(method.recovery * checks)),
+        stop_when_worsening=settings.patience,
     )
     start = trainer.start(dense.params, tx, len(bench.train.source), seed)
     state, history, metrics = pruning.init(start), [], {}
@@ -128,49 +130,63 @@ def sparsify(
         for level in reached(state.good, metrics) if check.met_bound else ():
             metrics[level] = float(state.progress.good_metric)
             sj.save_sparse(_file(folder, "good", level), state.good.params)
-        if overdue() or pruning.done(state) or time.monotonic() > saved + 60:
+        late = overdue()
+        if late or pruning.done(state) or time.monotonic() > saved + checkpoints.SECONDS:
             lines = [sj.check_to_json(each) for each in history]
             checkpoints.save(
                 loop_folder, check.check, state, {"history": lines, "metrics": metrics}
             )
             saved = time.monotonic()
-        if overdue():
+        if late:
             raise OutOfTime
 
     folder.mkdir(parents=True, exist_ok=True)
     state, _ = sj.run_pruning(pruning, state, on_check=on_check, progress_bar=progress_bar)
-    seconds = sum(check.seconds for check in history)
-    points, tuning = [], _tuning(bench)
+    tuning = _tuning(bench)
+    points = []
     for level in sorted(metrics):
-        began = time.perf_counter()
         params = _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar)
-        seconds += time.perf_counter() - began
-        points.append(_point(bench, params, _file(folder, "tuned", level), level, metrics[level]))
-        if overdue():
-            raise OutOfTime
+        scored = _scored(bench, params, folder / f"scores-{level:g}.json", overdue)
+        size, kept = (
+            sum(int(count(leaf)) for leaf in jax.tree.leaves(params))
+            for count in (np.size, np.count_nonzero)
+        )
+        file = _file(folder, "tuned", level)
+        points.append(Point(level, 1 - kept / size, by_kind(params), metrics[level], file, scored))
     return Run(
         history,
         float(state.progress.bound),
         float(state.progress.dense_metric),
-        both(bench, dense.params),
+        _scored(bench, dense.params, folder / "scores-dense.json", overdue),
         points,
         sum(leaf.size for leaf in jax.tree.leaves(dense.params)),
-        seconds,
+        sum(check.seconds for check in history),
     )
+
+
+def _bound(settings: experiment.Settings) -> Any:
+    if settings.bound is not None:
+        return settings.bound
+    if settings.metric == "bleu":
+        return lambda dense_metric: settings.share * dense_metric
+    return lambda dense_metric: dense_metric / settings.share if settings.share else float("inf")
+
+
+def _scored(bench: Experiment, params: Any, path: Path, overdue: Callable[[], bool]) -> Scores:
+    """Scores are kept in a file: the test pairs are decoded once, however often a run is cut."""
+    if path.exists():
+        return Scores(**json.loads(path.read_text()))
+    if overdue():
+        raise OutOfTime
+    scored = experiment.scores(bench, params)
+    path.write_text(json.dumps(scored._asdict()))
+    return scored
 
 
 def reached(record: trainer.Record, known: dict[float, float]) -> list[float]:
     """The levels of sparsity that a network is the first to reach, by 0.2 points at most below."""
     sparsity = float(sj.sparsity(sj.held_mask(record.params, record.opt_state)))
     return [level for level in LEVELS if level not in known and sparsity >= level - 0.002]
-
-
-def both(bench: Experiment, params: Any) -> tuple[Scores, Scores]:
-    """On validation and test pairs."""
-    return (
-        experiment.scores(bench, params, bench.validation),
-        experiment.scores(bench, params, bench.test),
-    )
 
 
 def by_kind(params: Any) -> dict[str, float]:
@@ -207,7 +223,7 @@ def _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar):
     params, _ = sj.load_sparse(_file(folder, "good", level), like=dense.params)
     mask = jax.tree.map(lambda leaf: leaf != 0, params)
     params, opt_state = sj.prune(tx, params, tx.init(params), mask)
-    record = trainer.start(params, tx, len(bench.train.source), seed + 1)
+    record = trainer.start(params, tx, len(bench.train.source), 10_000 + seed)
     record = checkpoints.epochs(
         lambda record, epoch: train(jax.tree.map(jnp.copy, record)),
         record._replace(opt_state=opt_state),
@@ -218,11 +234,3 @@ def _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar):
     )
     sj.save_sparse(done, record.params)
     return record.params
-
-
-def _point(bench, params, path, level, metric):
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    kept = sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(params))
-    return Point(
-        level, 1 - kept / size, by_kind(params), metric, path.stat().st_size, *both(bench, params)
-    )

@@ -42,50 +42,80 @@ def read(folder: Path) -> dict[str, Records]:
         if "points" in record:
             name = path.name.split(f"-{method}-seed")[0]
             found.setdefault(name, {}).setdefault(method, []).append(record)
+    for methods in found.values():
+        for runs in methods.values():
+            runs.sort(key=lambda record: record["seed"])
     for corpus, methods in found.items():
-        made_by = {repr(record["settings"]) for runs in methods.values() for record in runs}
-        if len(made_by) > 1:
+        shared = {
+            repr((record["settings"], record["digest"]))
+            for runs in methods.values()
+            for record in runs
+        }
+        own = {
+            (method, record["fingerprint"], record["strength"])
+            for method, runs in methods.items()
+            for record in runs
+        }
+        if len(shared) > 1 or len(own) > len(methods):
             raise ValueError(
-                f"{folder}: the records of {corpus} were not made with the same settings. Keep"
-                " other settings' records in a folder of their own (--out)."
+                f"{folder}: the records of {corpus} were not made with the same text, settings and"
+                f" strengths: {sorted(own)}. Keep others in a folder of their own (--out)."
             )
     return found
 
 
 def by_level(records: Records) -> str:
-    """Test BLEU: a row a method, a column a level of sparsity, in Markdown."""
-    rows = [["dense", _runs(records), _spread(_dense(records, "bleu")), *[""] * (len(LEVELS) - 1)]]
+    """Test BLEU at its sparsity: a row a method, a column a level, in Markdown."""
+    dense = _dense(records)
+    rows: list[list[Any]] = [["dense", len(dense), _spread([each["bleu"] for each in dense])]]
     for method, runs in records.items():
-        cells = [_spread([_at(run, level, "bleu") for run in runs]) for level in LEVELS]
+        cells = []
+        for level in LEVELS:
+            points = _points(runs, level)
+            few = "" if len(points) in (0, len(runs)) else f" ({len(points)} runs)"
+            cells.append(_spread([point["bleu"] for point in points]) + few)
         rows.append([METHODS[method].title, len(runs), *cells])
     headers = ["BLEU", "seeds", *(f"{level:.0%}" for level in LEVELS)]
+    rows[0] += [""] * (len(headers) - 3)
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
 def in_full(records: Records) -> str:
     """A row a method and level: metrics, and the sparsity of each kind of layer, in Markdown."""
+    groups = [("dense", _dense(records))]
+    groups += [(name, _points(runs, level)) for name, runs in records.items() for level in LEVELS]
     rows = []
-    for method, runs in records.items():
-        for level in LEVELS:
-            points = [point for run in runs for point in run["points"] if point["level"] == level]
-            if points:
-                rows.append(
-                    [
-                        method,
-                        f"{100 * np.mean([point['sparsity'] for point in points]):.1f}",
-                        *(
-                            f"{np.mean([point['test'][name] for point in points]):.{digits}f}"
-                            for name, digits in (("bleu", 2), ("chrf", 2), ("loss", 3))
-                        ),
-                        f"{np.mean([point['validation']['perplexity'] for point in points]):.2f}",
-                        *(
-                            f"{100 * np.mean([point['kinds'][kind] for point in points]):.1f}"
-                            for kind in KINDS
-                        ),
-                    ]
-                )
-    headers = ["method", "sparsity, %", "BLEU", "chrF", "loss", "validation perplexity", *KINDS]
-    return tabulate(rows, headers, "github", disable_numparse=True)
+    for name, points in groups:
+        if points:
+            shares = [100 * np.mean([p["sparsity"] for p in points])]
+            shares += [100 * np.mean([p["kinds"][kind] for p in points]) for kind in KINDS]
+            metrics = {key: np.mean([p[key] for p in points]) for key in ("bleu", "chrf", "loss")}
+            rows.append(
+                [
+                    name,
+                    len(points),
+                    f"{shares[0]:.1f}",
+                    f"{metrics['bleu']:.2f}",
+                    f"{metrics['chrf']:.2f}",
+                    f"{metrics['loss']:.3f}",
+                    f"{np.exp(np.mean([p['validation_loss'] for p in points])):.2f}",
+                    *(f"{share:.1f}" for share in shares[1:]),
+                ]
+            )
+    headers = ["method", "runs", "sparsity, %", "BLEU", "chrF", "loss", "validation perplexity"]
+    return tabulate(rows, [*headers, *KINDS], "github", disable_numparse=True)
+
+
+def widths(folder: Path) -> str:
+    """The dense networks that were trained to choose a size (--dense-only), in Markdown."""
+    rows = []
+    for path in sorted(folder.glob("*-dense-width*-seed*.json")):
+        record = json.loads(path.read_text())
+        metrics = (f"{record[key]:.2f}" for key in ("validation_bleu", "bleu", "chrf"))
+        width, size = record["settings"]["width"], record["parameters"]
+        rows.append([width, f"{size:,}", record["data"], record["seed"], *metrics])
+    headers = ["width", "parameters", "data", "seed", "validation BLEU, greedy", "BLEU", "chrF"]
+    return tabulate(sorted(rows), headers, "github", disable_numparse=True) if rows else ""
 
 
 def bootstrap(folder: Path, corpus: str, seeds: Sequence[int]) -> str:
@@ -116,13 +146,13 @@ def figure(records: Records) -> Figure:
     """Test BLEU against sparsity: a line a method, a band from the lowest to the highest seed."""
     picture = Figure(figsize=(8, 5), layout="constrained", dpi=110)
     axes = picture.subplots()
-    axes.axhline(np.mean(_dense(records, "bleu")), color="0.6", linewidth=1, label="dense")
+    dense = np.mean([each["bleu"] for each in _dense(records)])
+    axes.axhline(dense, color="0.6", linewidth=1, label="dense")
     for i, (method, runs) in enumerate(records.items()):
         found = []
         for level in LEVELS:
-            points = [point for run in runs for point in run["points"] if point["level"] == level]
-            if points:
-                values = [point["test"]["bleu"] for point in points]
+            if points := _points(runs, level):
+                values = [point["bleu"] for point in points]
                 sparsity = np.mean([point["sparsity"] for point in points])
                 found.append((100 * sparsity, np.mean(values), min(values), max(values)))
         if found:
@@ -154,26 +184,18 @@ def _compared(outputs, base, others, references):
         )
 
 
-def _dense(records, metric):
+def _dense(records):
     """Of each seed once: the methods of a seed start from the same network."""
-    return list(
-        {
-            run["seed"]: run["dense"]["test"][metric] for runs in records.values() for run in runs
-        }.values()
-    )
+    found = {run["seed"]: run["dense"] for runs in records.values() for run in runs}
+    none = {"sparsity": 0.0, "kinds": dict.fromkeys(KINDS, 0.0)}
+    return [none | dense for dense in found.values()]
 
 
-def _runs(records):
-    return len({run["seed"] for runs in records.values() for run in runs})
-
-
-def _at(record, level, metric):
-    found = [point["test"][metric] for point in record["points"] if point["level"] == level]
-    return found[0] if found else float("nan")
+def _points(runs, level):
+    return [point for run in runs for point in run["points"] if point["level"] == level]
 
 
 def _spread(values):
-    values = [value for value in values if np.isfinite(value)]
     if not values:
         return "-"
     if len(values) == 1:
@@ -186,6 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
+    print(widths(options.results))
     for corpus, records in read(options.results).items():
         first = next(iter(records.values()))[0]
         print(f"\n## {first['data']}\n\n{by_level(records)}\n\n{in_full(records)}\n")

@@ -44,6 +44,9 @@ def train_tokenizer(
         unk_id=2,
         bos_id=-1,
         max_sentence_length=1 << 16,
+        character_coverage=1.0,
+        input_sentence_size=2_000_000,  # drawn, where there are more
+        shuffle_input_sentence=True,
         minloglevel=2,
     )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -54,11 +57,15 @@ def encode(
     sentences: Sequence[str],
     length: int,
     keep: str = "first",
-) -> list[list[int]]:
+) -> list[np.ndarray]:
     """Tokens of each sentence with ``EOS``; of longer ones the first (or last) ``length - 1``."""
-    tokens = tokenizer.encode(list(sentences))
     cut = slice(length - 1) if keep == "first" else slice(-(length - 1), None)
-    return [[*sentence[cut], EOS] for sentence in tokens]
+    dtype = _dtype(tokenizer.vocab_size())
+    found = []
+    for i in range(0, len(sentences), 10_000):  # Python's own numbers would fill the memory
+        for tokens in tokenizer.encode(list(sentences[i : i + 10_000])):
+            found.append(np.array([*tokens[cut], EOS], dtype))
+    return found
 
 
 def decode(tokenizer: sentencepiece.SentencePieceProcessor, tokens: np.ndarray) -> list[str]:
@@ -101,7 +108,8 @@ def pack(
                     f"pack: pair {i} has {a} and {b} tokens; a row has {source_length} and"
                     f" {target_length}. Truncate it (encode) or lengthen the rows."
                 )
-            room = [*room[-(open_rows - 1) :], (len(rows), source_length - a, target_length - b)]
+            del room[: max(0, len(room) - open_rows + 1)]
+            room.append((len(rows), source_length - a, target_length - b))
             rows.append([i])
 
     def side(sentences: Sequence[Sequence[int]], length: int) -> np.ndarray:
@@ -113,10 +121,14 @@ def pack(
 def padded(sentences: Sequence[Sequence[int]], length: int) -> np.ndarray:
     """A sentence a row, ``PAD`` after it."""
     largest = max((max(sentence, default=0) for sentence in sentences), default=0)
-    rows = np.full((len(sentences), length), PAD, np.uint16 if largest < 1 << 16 else np.int32)
+    rows = np.full((len(sentences), length), PAD, _dtype(largest + 1))
     for row, sentence in zip(rows, sentences, strict=True):
         row[: len(sentence)] = sentence
     return rows
+
+
+def _dtype(vocabulary: int) -> Any:
+    return np.uint16 if vocabulary <= 1 << 16 else np.int32
 
 
 def generate(

@@ -133,7 +133,8 @@ class Transformer(nn.Module):
     hidden: int
     heads: int
     layers: int  # of the encoder, and as many of the decoder
-    length: int  # of the longest sentence: so many positions are learned
+    source_length: int  # of the longest source: so many positions are learned
+    target_length: int
     dropout: float = 0.1
 
     def setup(self) -> None:
@@ -141,8 +142,8 @@ class Transformer(nn.Module):
         # As large as the other weights, so that none are pruned for their scale alone.
         small = nn.initializers.normal(self.width**-0.5)
         self.embedding = nn.Embed(self.vocabulary, self.width, embedding_init=small)
-        self.source_positions = nn.Embed(self.length, self.width, embedding_init=small)
-        self.target_positions = nn.Embed(self.length, self.width, embedding_init=small)
+        self.source_positions = nn.Embed(self.source_length, self.width, embedding_init=small)
+        self.target_positions = nn.Embed(self.target_length, self.width, embedding_init=small)
         self.source_norm, self.target_norm = nn.LayerNorm(), nn.LayerNorm()
         sizes = (self.width, self.hidden, self.heads, self.dropout)
         self.encoder = [Layer(*sizes, cross=False) for _ in range(self.layers)]
