@@ -79,7 +79,7 @@ def run(
         "digest": bench.digest,
         "split": bench.corpus.note,
         "pairs": [len(bench.train_pairs.source), len(bench.test.references)],
-        "padding": bench.train.padding(),
+        "padding": list(bench.train.padding()),
         "tokens": bench.tokenizer.vocab_size(),
         "parameters": done.parameters,
         "method": method,
