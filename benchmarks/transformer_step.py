@@ -22,9 +22,9 @@ from rich.console import Console
 import sparsereg_jax as sj
 from examples import translation, wmt14
 from examples.hardware import hardware
-from examples.language.experiment import Settings, train_loss
+from examples.language.experiment import Settings, network, train_loss
 from examples.language.methods import METHODS, plain_adam
-from examples.language.transformer import EOS, Transformer
+from examples.language.transformer import EOS
 
 from .run import on_cpu, show
 from .timing import Row, compare, compiled, interleave
@@ -35,16 +35,7 @@ SENTENCE = 15
 
 def measure(settings: Settings, rounds: int) -> list[Row]:
     """Times the three steps in turn."""
-    model = Transformer(
-        settings.vocabulary,
-        settings.width,
-        settings.hidden,
-        settings.heads,
-        settings.layers,
-        settings.source_length,
-        settings.target_length,
-        settings.dropout,
-    )
+    model = network(settings, settings.vocabulary)
     random = np.random.default_rng(0)
     shape = (settings.batch, settings.row)
     source, target = random.integers(2, model.vocabulary, (2, *shape), dtype=np.int32)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .language import corpora
+from .language.command import QUICK
 from .language.command import main as run
 from .language.corpora import Corpus
 from .language.experiment import Settings
@@ -43,18 +44,6 @@ USUAL = Settings(
     beams=6,
     penalty=1.2,
 )
-QUICK = {
-    "vocabulary": 500,
-    "width": 32,
-    "hidden": 32,
-    "heads": 2,
-    "dense_epochs": 20,
-    "loop_epochs": 20,
-    "tune_epochs": 1,
-    "interval": 20,
-    "fraction": 0.2,
-    "validation_pairs": 100,
-}
 # Fifty pairs of sgd a batch are some ten rows. Of what the authors list the largest learning rate,
 # the larger gamma and the smaller fraction; their bound, BLEU 6.03, belongs to their dense network:
 # here it is a share of one's own. How they trained that they leave open.

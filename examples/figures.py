@@ -107,7 +107,7 @@ def comparison(records: Records, masks: dict[str, Any]) -> Figure:
             axes = figure.add_subplot(below[i])
             _kept_inputs(axes, mask, shape)
             axes.set_title(method, fontsize=9)
-            axes.xaxis.label.set_size(7)
+            axes.xaxis.label.set_fontsize(7)
     return figure
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .language import corpora
+from .language.command import QUICK
 from .language.command import main as run
 from .language.corpora import Corpus
 from .language.experiment import Settings
@@ -34,18 +35,6 @@ USUAL = Settings(
     share=0.97,
     smoothing=0.1,
 )
-QUICK = {
-    "vocabulary": 500,
-    "width": 32,
-    "hidden": 64,
-    "heads": 2,
-    "dense_epochs": 20,
-    "loop_epochs": 20,
-    "tune_epochs": 1,
-    "interval": 20,
-    "fraction": 0.2,
-    "validation_pairs": 100,
-}
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,20 @@ from .experiment import BLEU, CHRF, Experiment, Scores, Settings
 from .methods import METHODS, STRENGTHS
 from .sparsify import Run
 
+# What --quick changes.
+QUICK = {
+    "vocabulary": 500,
+    "width": 32,
+    "hidden": 64,
+    "heads": 2,
+    "dense_epochs": 20,
+    "loop_epochs": 20,
+    "tune_epochs": 1,
+    "interval": 20,
+    "fraction": 0.2,
+    "validation_pairs": 100,
+}
+
 SHOWN = 0.75  # the sparsity whose outputs are kept, for the bootstrap and the sample page
 
 

@@ -117,16 +117,7 @@ def load(settings: Settings, corpus: Corpus) -> Experiment:
         tokenizer = text.train_tokenizer(learned, settings.vocabulary, corpus.symbols)
     except RuntimeError as error:
         raise ValueError(f"vocabulary: {settings.vocabulary} does not fit: {error}") from error
-    model = Transformer(
-        tokenizer.vocab_size(),
-        settings.width,
-        settings.hidden,
-        settings.heads,
-        settings.layers,
-        settings.source_length,
-        settings.target_length,
-        settings.dropout,
-    )
+    model = network(settings, tokenizer.vocab_size())
 
     def tokens(pairs: Pairs) -> Tokens:
         keep = "last" if corpus.symbols else "first"
@@ -163,6 +154,20 @@ def load(settings: Settings, corpus: Corpus) -> Experiment:
         _loss(model),
         decoding.greedy(model, settings.target_length),
         lambda params, source: beam(params, source)[0],
+    )
+
+
+def network(settings: Settings, vocabulary: int) -> Transformer:
+    """The Transformer of these sizes."""
+    return Transformer(
+        vocabulary,
+        settings.width,
+        settings.hidden,
+        settings.heads,
+        settings.layers,
+        settings.source_length,
+        settings.target_length,
+        settings.dropout,
     )
 
 
