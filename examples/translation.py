@@ -1,7 +1,7 @@
 r"""Machine translation, a Transformer made sparse: on pairs that come with pip, or your own.
 
 pip install -e ".[language]"
-python -m examples.translation --quick                     # three minutes, JupyterLab's texts
+python -m examples.translation --quick                     # two minutes, JupyterLab's texts
 python -m examples.translation --tsv PAIRS.tsv --method paper l2 none --seed 0 1 2
 python -m examples.translation --dataset ted_hrlr_translate/pt_to_en --data-dir DIR
 python -m examples.translation --tsv PAIRS.tsv --width 64 --dense-only   # to choose a size

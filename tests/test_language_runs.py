@@ -124,7 +124,9 @@ def test_records_and_tables(tmp_path, capsys):
 )
 def test_quick_runs(main, corpus, tmp_path):
     """What --quick does, with fewer epochs."""
-    fewer = shlex.split("--dense-epochs 2 --loop-epochs 2 --interval 4 --share 0 --test-pairs 20")
+    fewer = shlex.split(
+        "--dense-epochs 1 --loop-epochs 1 --interval 10 --share 0.1 --test-pairs 20"
+    )
     (record,) = main(["--quick", *fewer, "--out", str(tmp_path), "--method", "none"])
     assert corpus in record["data"].lower()
     assert record["points"][0]["level"] == 0.5

@@ -28,15 +28,19 @@ from .sparsify import Run
 # What --quick changes.
 QUICK = {
     "vocabulary": 500,
-    "width": 32,
-    "hidden": 64,
+    "width": 64,
+    "hidden": 128,
     "heads": 2,
-    "dense_epochs": 20,
+    "dropout": 0.1,
+    "batch": 4,
+    "dense_epochs": 25,
     "loop_epochs": 20,
     "tune_epochs": 1,
-    "interval": 20,
+    "interval": 125,
+    "share": 0.9,
     "fraction": 0.2,
     "validation_pairs": 100,
+    "learning_rate": 2e-3,
 }
 
 SHOWN = 0.75  # the sparsity whose outputs are kept, for the bootstrap and the sample page
