@@ -128,7 +128,8 @@ def table(variants: dict[str, Variant], lines: list[dict[str, Any]]) -> str:
             if runs:
                 sparsity = _pm([100 * run["sparsity"] for run in runs])
                 accuracy = _pm([100 * run["validation"] for run in runs])
-                rows.append(f"| {name} | {gamma:g} | {len(runs)} | {sparsity} | {accuracy} |")
+                title = name.replace("|", "\\|")
+                rows.append(f"| {title} | {gamma:g} | {len(runs)} | {sparsity} | {accuracy} |")
     return "\n".join(rows)
 
 
