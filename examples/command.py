@@ -20,7 +20,7 @@ import sparsereg_jax as sj
 from . import checkpoints, experiment, figures, sparsify, trainer
 from .experiment import Experiment, Settings
 from .hardware import hardware
-from .methods import LOOP_BOUNDS, METHODS, Method, fingerprint, strength_of
+from .methods import METHODS, OWN_BOUNDS, Method, fingerprint, strength_of
 
 
 def stem(settings: Settings, method: str, seed: int) -> str:
@@ -42,11 +42,9 @@ def recorded(
 
 
 def with_own_bound(settings: Settings, method: str) -> Settings:
-    """The settings of a method: the paper's loop may have a bound of its own."""
-    if method == "default":
-        return settings
-    bound = LOOP_BOUNDS.get(f"{settings.network}-{settings.dataset}", settings.bound)
-    return settings._replace(bound=bound)
+    """The settings of a method, which may have a bound of its own."""
+    own = OWN_BOUNDS.get(f"{settings.network}-{settings.dataset}", {})
+    return settings._replace(bound=own.get(method, settings.bound))
 
 
 def run(

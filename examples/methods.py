@@ -173,17 +173,20 @@ def little_l2(learning_rate):
 GAMMAS = (3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
 SPARSITIES = (0.9, 0.93, 0.95, 0.965, 0.975, 0.985)
 
+RECIPE = Method(
+    "our recipe: I ≡ 1 (L2, coupled), labels smoothed, going back, tuned",
+    GAMMAS,
+    penalty(sj.constant_irrelevance),
+    propose=lambda s, usual, n: sj.fraction_step(1.25 * usual, floor=1),
+    recovery=0.085,
+    smoothing=0.2,
+    tune=0.1,
+    tuner=little_l2,
+)
+
 METHODS = {
-    "default": Method(
-        "our recipe: I ≡ 1 (L2, coupled), labels smoothed, going back, tuned",
-        GAMMAS,
-        penalty(sj.constant_irrelevance),
-        propose=lambda s, usual, n: sj.fraction_step(1.25 * usual, floor=1),
-        recovery=0.085,
-        smoothing=0.2,
-        tune=0.1,
-        tuner=little_l2,
-    ),
+    "default": RECIPE,
+    "longer": RECIPE._replace(title="the same, a lower bound, tuned twice as long", tune=0.2),
     "paper": Method(
         "selective shrinkage, the paper's preset",
         (1e-3,),  # a preset: nothing is searched
@@ -285,14 +288,17 @@ _FEW = {"default": 1e-3, "paper": 1e-3, "l2": 1e-3}
 STRENGTHS = {
     "lenet300-digits": _MNIST,
     "lenet300-mnist": _MNIST,
-    "lenet5-mnist": _FEW | {"none": 0.08},
-    "lenet5-fashion_mnist": _FEW | {"none": 0.1},
+    "lenet5-mnist": _FEW | {"longer": 1e-3, "none": 0.08},
+    "lenet5-fashion_mnist": _FEW | {"longer": 1e-3, "none": 0.1},
     "resnet32-cifar10": _FEW | {"none": 0.1},
 }
 
-# The bound of the paper's loop, where our recipe has a higher one: without going back and tuning
-# the loop stands still near the dense network when the bound is as high as the dense accuracy.
-LOOP_BOUNDS = {"lenet5-mnist": 0.98}
+# The bounds of methods that have another one than our recipe. Without going back and tuning the
+# paper's loop stands still near the dense network when the bound is as high as its accuracy.
+OWN_BOUNDS = {
+    "lenet5-mnist": {name: 0.98 for name in METHODS if name != "default"} | {"longer": 0.988},
+    "lenet5-fashion_mnist": {"longer": 0.9},
+}
 
 
 def fingerprint(method: Method) -> str:

@@ -129,7 +129,8 @@ def test_snip_keeps_the_largest_products_and_every_bias():
 def test_strengths_are_those_that_were_chosen():
     for name, method in METHODS.items():
         assert len(set(method.strengths)) >= (1 if name == "paper" else 6), name
-        assert methods.STRENGTHS["lenet300-mnist"][name] in method.strengths, name
+        if name != "longer":  # a row of LeNet-5
+            assert methods.STRENGTHS["lenet300-mnist"][name] in method.strengths, name
     with pytest.raises(ValueError, match=r"none was chosen for 'l1' on lenet5.*'paper'"):
         methods.strength_of("l1", "lenet5", "mnist")
     assert (
@@ -141,7 +142,7 @@ def test_strengths_are_those_that_were_chosen():
         assert line["version"] == METHODS[line["method"]].version
         if line["strength"] in METHODS[line["method"]].strengths:
             by_method.setdefault(line["method"], []).append(line)
-    assert set(by_method) == set(METHODS) - {"paper", "default"}
+    assert set(by_method) == set(METHODS) - {"paper", "default", "longer"}
     for name, lines in by_method.items():
         assert len(lines) >= 6
         wanted = search.chosen(lines, bound, validation=5000)
