@@ -153,7 +153,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path, capsys):
         run(tmp_path, "--train-images", "50")
     for arguments, message in [
         (["--method", "l1", "l2", "--strength", "1e-3"], "one method's own number"),
-        (["--method", "paper", "--strength", "1e-4"], "paper is a preset"),
+        (["--method", "paper", "--strength", "1e-4"], "paper has 0.001 and no other"),
         (["--method", "gradual", "--strength", "1"], "a sparsity, in \\(0, 1\\)"),
         (["--strength", "-1"], "at least 0"),
     ]:
