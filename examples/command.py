@@ -32,13 +32,21 @@ def recorded(
     out: Path, settings: Settings, method: str, strength: float, seed: int
 ) -> dict[str, Any] | None:
     """The record of just this run, with these settings; None where there is none."""
-    path = out / f"{stem(settings, method, seed)}.json"
+    return record_with(
+        out / f"{stem(settings, method, seed)}.json",
+        settings=settings._asdict(),
+        fingerprint=fingerprint(METHODS[method]),
+        strength=strength,
+    )
+
+
+def record_with(path: Path, **wanted: Any) -> dict[str, Any] | None:
+    """The record in a file, if there is one and it has these entries."""
     if not path.exists():
         return None
     record = json.loads(path.read_text())
-    wanted = (settings._asdict(), fingerprint(METHODS[method]), strength)
-    found = (record["settings"], record.get("fingerprint"), record["strength"])
-    return record if found == wanted else None
+    same = all(record.get(name) == value for name, value in wanted.items())
+    return record if same else None
 
 
 def with_own_bound(settings: Settings, method: str) -> Settings:

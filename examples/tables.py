@@ -113,13 +113,13 @@ def on_the_way(records: Records, accuracies: Sequence[float]) -> str:
         cells = []
         for accuracy in accuracies:
             met = [[point for point in run["curve"] if point[1] >= accuracy] for run in runs]
-            found = np.array([max(points)[::2] for points in met if points]).T
-            few = (
-                "" if len(found) == 0 or len(found[0]) == len(runs) else f" ({len(found[0])} runs)"
-            )
-            cells.append(
-                f"{100 * found[0].mean():.2f} @ {found[1].mean():.2f}{few}" if len(found) else "-"
-            )
+            found = [max(points)[::2] for points in met if points]
+            if not found:
+                cells.append("-")
+                continue
+            sparsity, wrong = np.mean(found, axis=0)
+            few = f" ({len(found)} runs)" if len(found) < len(runs) else ""
+            cells.append(f"{100 * sparsity:.2f} @ {wrong:.2f}{few}")
         if any(cell != "-" for cell in cells):
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

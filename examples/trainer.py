@@ -112,9 +112,10 @@ def interval(
     def program(record, data):
         if not scan:
             return one_step(data, record)
-        return jax.lax.scan(lambda record, _: (one_step(data, record), None), record, length=steps)[
-            0
-        ]
+        record, _ = jax.lax.scan(
+            lambda record, _: (one_step(data, record), None), record, length=steps
+        )
+        return record
 
     def train(record: Record) -> Record:
         for _ in range(1 if scan else steps):

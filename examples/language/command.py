@@ -16,7 +16,7 @@ from rich.table import Table
 import sparsereg_jax as sj
 
 from .. import checkpoints
-from ..command import add_flags, check_strength
+from ..command import add_flags, check_strength, record_with
 from ..hardware import hardware
 from ..methods import fingerprint
 from . import experiment, sparsify
@@ -55,13 +55,13 @@ def recorded(
     out: Path, bench: Experiment, method: str, strength: float, seed: int
 ) -> dict[str, Any] | None:
     """The record of just this run, with these settings; None where there is none."""
-    path = out / f"{stem(bench, method, seed)}.json"
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())
-    wanted = (bench.settings._asdict(), fingerprint(METHODS[method]), strength, bench.digest)
-    keys = ("settings", "fingerprint", "strength", "digest")
-    return record if tuple(record.get(key) for key in keys) == wanted else None
+    return record_with(
+        out / f"{stem(bench, method, seed)}.json",
+        settings=bench.settings._asdict(),
+        fingerprint=fingerprint(METHODS[method]),
+        strength=strength,
+        digest=bench.digest,
+    )
 
 
 def run(
