@@ -202,7 +202,7 @@ def test_wrong_options(tmp_path, capsys):
         (["--method", "l2", "none", "--strength", "1"], "one --method with it"),
         (["--metric", "accuracy"], "neither 'bleu' nor 'loss'"),
         (["--tsv", str(tmp_path / "no.tsv")], "no.tsv"),
-        (["--width", "30"], "heads: 4 do not divide the width, 30"),
+        (["--width", "30", "--heads", "4"], "heads: 4 do not divide the width, 30"),
         (["--vocabulary", "20"], "vocabulary: 20 does not fit"),
         (["--interval", "0"], "interval: 0 is too small"),
         (["--method", "paper", "--strength", "1"], "paper has 1e-05 and no other"),
