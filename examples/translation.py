@@ -29,11 +29,10 @@ USUAL = Settings(
     row=64,
     batch=16,
     dense_epochs=40,
-    loop_epochs=24,
-    tune_epochs=2,
+    loop_epochs=40,
+    tune_epochs=4,
     interval=95,  # half an epoch
     share=0.85,
-    loop_learning_rate=3e-4,
     smoothing=0.1,
 )
 

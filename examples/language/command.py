@@ -41,7 +41,6 @@ QUICK = {
     "fraction": 0.2,
     "validation_pairs": 100,
     "learning_rate": 2e-3,
-    "loop_learning_rate": None,
 }
 
 SHOWN = 0.75  # the sparsity whose outputs are kept, for the bootstrap and the sample page

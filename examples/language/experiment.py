@@ -47,7 +47,6 @@ class Settings(NamedTuple):
     train_pairs: int | None = None  # None: all
     test_pairs: int | None = None
     learning_rate: float = 1e-3
-    loop_learning_rate: float | None = None  # of loop and tuning; None: the dense training's
     warmup: float = 0.1  # share of the dense training
     accumulate: int = 1  # batches whose gradients are averaged for a step of the optimizer
     smoothing: float = 0.0  # of the labels
@@ -313,7 +312,6 @@ def folder(out: Path, experiment: Experiment) -> Path:
     shared = experiment.settings._replace(
         loop_epochs=0, tune_epochs=0, interval=0, share=0.0, bound=None, patience=None,
         fraction=0.0, metric="", beams=0, penalty=0.0, validation_pairs=0, test_pairs=0,
-        loop_learning_rate=None,
     )  # fmt: skip
     digest = hashlib.sha256((repr(shared) + experiment.digest).encode()).hexdigest()[:8]
     return out / "checkpoints" / f"{name(experiment)}-{digest}"

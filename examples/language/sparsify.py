@@ -96,7 +96,7 @@ def sparsify(
     interval = settings.accumulate * -(-settings.interval // settings.accumulate)
     checks = max(1, settings.loop_epochs * bench.steps // interval)
     rate = optax.cosine_decay_schedule(
-        _learning_rate(settings), checks * interval // settings.accumulate
+        settings.learning_rate, checks * interval // settings.accumulate
     )
     steps_per_epoch = max(1, bench.steps // settings.accumulate)
     tx = experiment.accumulated(
@@ -164,12 +164,6 @@ def sparsify(
     )
 
 
-def _learning_rate(settings: experiment.Settings) -> float:
-    if settings.loop_learning_rate is None:
-        return settings.learning_rate
-    return settings.loop_learning_rate
-
-
 def _bound(settings: experiment.Settings) -> Any:
     if settings.bound is not None:
         return settings.bound
@@ -215,7 +209,7 @@ def _tuning(bench):
     """Optimizer and trainer of an epoch without the regularizer, the same for all networks."""
     settings = bench.settings
     updates = max(1, settings.tune_epochs * bench.steps // settings.accumulate)
-    rate = optax.cosine_decay_schedule(_learning_rate(settings), updates)
+    rate = optax.cosine_decay_schedule(settings.learning_rate, updates)
     tx = experiment.accumulated(settings, sj.hold_zeros(plain_adam(rate)))
     return tx, experiment.make_trainer(bench, tx, bench.steps // experiment.parts(bench))
 
