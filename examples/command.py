@@ -302,12 +302,19 @@ def main(
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: Any, without: Sequence[str] = ()) -> None:
-    """A flag for each of the settings, a NamedTuple; None where it is not given."""
-    for name, hint in typing.get_type_hints(type(settings)).items():
+    """A flag for each of the settings, a NamedTuple; None where it is not given.
+
+    What a flag is for is the text of the field's ``Annotated``.
+    """
+    for name, hint in typing.get_type_hints(type(settings), include_extras=True).items():
         if name in without:
             continue
+        said = ""
+        if typing.get_origin(hint) is typing.Annotated:
+            hint, said = typing.get_args(hint)
+            said = said.replace("%", "%%") + " "
         kind = next(kind for kind in (*typing.get_args(hint), hint) if kind is not type(None))
-        flag, text = f"--{name.replace('_', '-')}", f"(default: {getattr(settings, name)})"
+        flag, text = f"--{name.replace('_', '-')}", f"{said}(default: {getattr(settings, name)})"
         if kind is bool:
             action = argparse.BooleanOptionalAction
             parser.add_argument(flag, action=action, default=None, help=text)

@@ -4,7 +4,7 @@ r"""Task-oriented dialogue, a Transformer made sparse: from all that was said to
     python -m examples.dialogue --quick                        # two minutes, chatterbot-corpus
     python -m examples.dialogue --folder DIR --method paper l2 none --seed 0 1
     python -m examples.dialogue --dataset schema_guided_dialogue --data-dir DIR
-    python -m examples.dialogue --folder DIR --authors --resume --minutes 8    # again and again
+    python -m examples.dialogue --folder DIR --authors --resume --minutes 6    # again and again
 
 DIR of --folder has the files of Taskmaster-1: self-dialogs.json, woz-dialogs.json or both, and
 train.csv, dev.csv and test.csv with ids. --authors is the paper's own setting, for a GPU or TPU.

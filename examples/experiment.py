@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,20 @@ from . import augment, batch_last, checkpoints, data, models, trainer
 class Settings(NamedTuple):
     """What all methods of an experiment share."""
 
-    network: str  # "lenet300", "lenet5" or "resnet32"
-    dataset: str  # "digits", or a tensorflow-datasets name
-    bound: float | None  # of the accuracy on validation images; None: 0.5 % below the dense one's
-    dense_epochs: int
-    epochs: int  # in all: dense, loop and tuning
-    interval: int = 250  # steps between two checks
-    fraction: float = 0.04  # of what is left, pruned at a check that meets the bound
-    batch: int = 100
+    network: Annotated[str, '"lenet300", "lenet5" or "resnet32"']
+    dataset: Annotated[str, '"digits", or a tensorflow-datasets name']
+    bound: Annotated[
+        float | None, "accuracy on validation images; None: 0.5 % below the dense network's"
+    ]
+    dense_epochs: Annotated[int, "epochs of the dense network"]
+    epochs: Annotated[int, "epochs in all: dense, loop and tuning"]
+    interval: Annotated[int, "steps between two checks"] = 250
+    fraction: Annotated[float, "of what is left, pruned at a check that meets the bound"] = 0.04
+    batch: Annotated[int, "images a step"] = 100
     learning_rate: float = 1e-3
-    bfloat16: bool = False
-    train_images: int | None = None  # None: all that are not held out
-    validation: int | None = None  # images held out; None: 5,000, of the digits 600
+    bfloat16: Annotated[bool, "compute in bfloat16; parameters stay in float32"] = False
+    train_images: Annotated[int | None, "training images; None: all that are not held out"] = None
+    validation: Annotated[int | None, "images held out; None: 5,000, of digits 600"] = None
 
 
 EXPERIMENTS = {

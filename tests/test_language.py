@@ -6,9 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from examples import translation
 from examples.language import decoding, experiment, text
+from examples.language.methods import plain_adam
 from examples.language.transformer import EOS, PAD, Transformer, positions, segments
 
 VOCABULARY = 6
@@ -192,6 +195,59 @@ def test_loss_counts_tokens_not_rows(params):
     )
     assert lower.dtype == jnp.float32
     np.testing.assert_allclose(lower, wanted, rtol=0.05)
+
+
+@pytest.mark.slow
+def test_training_drops_and_smooths(params):
+    """The mean over many keys of a model that drops differs from one that does not."""
+    batch = (jnp.array([[3, EOS, PAD], [4, 2, EOS]]), jnp.array([[4, EOS], [EOS, PAD]]))
+
+    def losses(dropout, smoothing):
+        loss = experiment.train_loss(MODEL.clone(dropout=dropout), smoothing, False)
+        keys = jax.random.split(jax.random.key(0), 8)
+        return np.asarray(jax.jit(jax.vmap(lambda key: loss(params, {}, batch, key)[0]))(keys))
+
+    still, dropped, smooth = losses(0.0, 0.0), losses(0.5, 0.0), losses(0.0, 0.3)
+    assert np.ptp(still) == 0
+    assert len(set(dropped)) == 8
+    logs = [
+        np.asarray(jax.nn.log_softmax(logits(params, source, target)))
+        for source, target in (([3, EOS], [4, EOS]), ([4, 2, EOS], [EOS]))
+    ]
+    rows = [(logs[0][0], 4), (logs[0][1], EOS), (logs[1][0], EOS)]
+    wanted = -sum(0.7 * row[token] + 0.3 * row.mean() for row, token in rows) / 3
+    np.testing.assert_allclose(smooth, wanted, rtol=1e-5)
+
+
+def test_accumulated_batches_step_as_one():
+    """Adam on the mean of two gradients, in numbers that can be written down."""
+    settings = translation.USUAL._replace(accumulate=2)
+    tx = experiment.accumulated(settings, plain_adam(0.1))
+    params = jnp.array([1.0, -2.0])
+    state, update = tx.init(params), jax.jit(tx.update)
+    gradients = [jnp.array([1.0, 4.0]), jnp.array([3.0, -6.0])]
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        if gradient is gradients[0]:
+            np.testing.assert_array_equal(params, [1.0, -2.0])
+    # The first step of Adam is the learning rate, against the sign of the mean.
+    np.testing.assert_allclose(params, [0.9, -1.9], rtol=1e-5)
+    assert experiment.accumulated(settings._replace(accumulate=1), tx) is tx
+
+
+def test_tokens_are_learned_alike_from_a_sample(monkeypatch):
+    monkeypatch.setattr(text, "LEARNED_FROM", 60)
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), 4)) for _ in range(80)]
+    lines = [" ".join(rng.choice(words, 6)) for _ in range(300)]
+    first, second = (text.train_tokenizer(lines, 80) for _ in range(2))
+    assert first.serialized_model_proto() == second.serialized_model_proto()
+    monkeypatch.setattr(text, "LEARNED_FROM", 300)
+    whole = text.train_tokenizer(lines, 80)
+    assert whole.serialized_model_proto() != first.serialized_model_proto()
+    rows = np.array([[*first.encode("abcd"), EOS, 7, PAD]])
+    assert text.decode(first, rows) == ["abcd"]
 
 
 def test_pack_keeps_every_pair_once_and_together():

@@ -1,5 +1,6 @@
 """Whole runs of the language experiments, small: resumed as uninterrupted, tables, quick ones."""
 
+import io
 import itertools
 import json
 import re
@@ -14,7 +15,7 @@ import tensorflow_datasets as tfds
 
 import sparsereg_jax as sj
 from examples import dialogue, translation, wmt14
-from examples.language import command, samples, sparsify, tables
+from examples.language import command, samples, sparsify, tables, write
 from examples.language.transformer import Transformer
 
 from .test_corpora import write_taskmaster, write_tiny
@@ -84,7 +85,7 @@ def test_cut_off_and_resumed_is_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_records_and_tables(tmp_path, capsys):
+def test_records_and_tables(tmp_path, capsys, monkeypatch):
     path = write_pairs(tmp_path)
     records = translate(path, tmp_path, "--method", "paper", "none", "--seed", "0", "1")
     assert len(records) == 4
@@ -98,10 +99,7 @@ def test_records_and_tables(tmp_path, capsys):
         assert record["signatures"][0].startswith("nrefs:1|case:mixed|eff:no|tok:intl")
     # The methods of a seed start from the same network.
     assert records[0]["dense"] == records[1]["dense"] != records[2]["dense"]
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "outputs" / "pairs-paper-seed0.jsonl").read_text().splitlines()
-    ]
+    lines = samples.read(tmp_path / "outputs" / "pairs-paper-seed0.jsonl")
     score = sacrebleu.corpus_bleu(
         [line["sparse"] for line in lines], [[line["reference"] for line in lines]], tokenize="intl"
     ).score
@@ -112,10 +110,14 @@ def test_records_and_tables(tmp_path, capsys):
     shown = capsys.readouterr().out
     mean = np.mean([record["points"][0]["bleu"] for record in (records[0], records[2])])
     assert f"{mean:.2f} [" in shown
-    assert shown.count("| none ") >= 2
     assert (tmp_path / "pairs.png").stat().st_size > 10_000
     page = samples.page(tmp_path / "outputs" / "pairs-paper-seed0.jsonl")
     assert page.count("| reference |") == 10
+    # What a run saved writes what the run wrote.
+    saved = tmp_path / "networks" / "pairs-paper-seed0-0.75.safetensors"
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{each['source']}\n" for each in lines)))
+    write.main([str(saved)])
+    assert capsys.readouterr().out.splitlines() == [each["sparse"] for each in lines]
 
 
 @pytest.mark.slow
@@ -183,6 +185,40 @@ def test_a_bound_on_bleu_holds_the_loop(tmp_path):
         assert (following > sparsity) == held  # pruned where the bound was met, and only there
 
 
+def test_bootstrap_tells_better_from_worse(tmp_path):
+    """One that misses two words in each sentence, and two that miss them in another sentence."""
+    folder = tmp_path / "outputs"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    references = [" ".join(rng.choice(list("abcdefgh"), 9)) for _ in range(40)]
+    # U+2028 ends a line for Python, not for JSON.
+    worse = [reference[2:] + "\u2028" for reference in references]
+    dense, other = ([*references] for _ in range(2))
+    dense[3], other[4] = worse[3], worse[4]
+    for method, sparse in (("none", other), ("paper", worse)):
+        with (folder / f"toy-{method}-seed3.jsonl").open("w", encoding="utf-8") as file:
+            for reference, before, own in zip(references, dense, sparse, strict=True):
+                line = {"source": "", "reference": reference, "dense": before, "sparse": own}
+                print(json.dumps(line, ensure_ascii=False), file=file)
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in tables.bootstrap(tmp_path, "toy", [3]).splitlines()[2:]
+    ]
+    assert [row[:3] for row in rows] == [
+        ["paper", "dense", "3"],
+        ["none", "dense", "3"],
+        ["paper", "none", "3"],
+    ]
+    scores = {
+        name: sacrebleu.corpus_bleu(outputs, [references], tokenize="intl").score
+        for name, outputs in (("dense", dense), ("none", other), ("paper", worse))
+    }
+    for name, base, _, score, difference, p in rows:
+        assert score == f"{scores[name]:.2f}"
+        assert difference == f"{scores[name] - scores[base]:+.2f}"
+        assert float(p) < 0.01 if name == "paper" else float(p) > 0.1
+
+
 def test_kinds_of_layers_are_all():
     """Every parameter of the Transformer is of one kind, and of one alone."""
     model = Transformer(20, 8, 8, 2, 2, 16, 16)
@@ -205,6 +241,8 @@ def test_wrong_options(tmp_path, capsys):
         (["--width", "30", "--heads", "4"], "heads: 4 do not divide the width, 30"),
         (["--vocabulary", "20"], "vocabulary: 20 does not fit"),
         (["--interval", "0"], "interval: 0 is too small"),
+        (["--dropout", "1"], "dropout: 1.0 must be less than 1"),
+        (["--share", "1.3"], "share: 1.3 is a share, 1 at most"),
         (["--method", "paper", "--strength", "1"], "paper has 1e-05 and no other"),
     ):
         with pytest.raises(SystemExit):

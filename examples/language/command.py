@@ -77,9 +77,14 @@ def run(
 ) -> dict[str, Any]:
     """One run and its record, ``OUT/CORPUS-METHOD-seedN.json``; see :mod:`.sparsify`.
 
-    Beside it, in ``OUT/networks``, are the sparse networks and a line of JSON a check; in
+    Beside it, in ``OUT/networks``, are the sparse networks, their tokens (for
+    :mod:`examples.language.write`) and a line of JSON a check; in
     ``OUT/outputs`` a line of JSON for each test pair: source, reference, what the dense network
     made of it, and the sparse one at :data:`SHOWN`.
+
+    Raises:
+      OutOfTime: the ``time.monotonic()`` of ``deadline`` has passed.
+      PruningError: the dense network misses the bound, or what the loop finds wrong.
     """
     settings, row = bench.settings, METHODS[method]
     identity = hashlib.sha256(repr((settings, fingerprint(row))).encode()).hexdigest()[:8]
@@ -129,6 +134,7 @@ def run(
     }
     for point in done.points:
         shutil.move(point.file, networks / f"{name}-{point.level:g}.safetensors")
+    (networks / f"{name}.model").write_bytes(bench.tokenizer.serialized_model_proto())
     lines = [sj.check_to_json(check) + "\n" for check in done.history]
     (networks / f"{name}.jsonl").write_text("".join(lines))
     _write_outputs(out / "outputs" / f"{name}.jsonl", bench, done)
@@ -197,23 +203,27 @@ def main(
         said = ", ".join(f"{field} {value}" for field, value in changed.items())
         parser.add_argument(f"--{name}", action="store_true", help=said)
     parser.add_argument("--dense-only", action="store_true", help="the dense networks alone")
-    parser.add_argument("--out", type=Path, help="for records (default: results, or results/quick)")
+    where = ", ".join(["results", *(f"results/{name} with --{name}" for name in variants)])
+    parser.add_argument("--out", type=Path, help=f"for records (default: {where})")
     parser.add_argument(
         "--resume",
         action="store_true",
         help="take up what was cut off, and leave what has a record (dense networks always stay)",
     )
-    parser.add_argument("--minutes", type=float, help="stop with a checkpoint after so many")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="after so many, stop with a checkpoint at the next epoch, check or decoding",
+    )
     add_flags(parser, settings)
     options = parser.parse_args(arguments)
     if options.strength is not None:
         check_strength(parser, METHODS, options.method, options.strength)
-    quick = "quick" in variants and options.quick
-    out = options.out or Path("results/quick" if quick else "results")
+    chosen = [name for name in variants if getattr(options, name)]
+    out = options.out or Path("results", *chosen[:1])  # those of a variant are kept apart
     given = {name: getattr(options, name) for name in settings._fields}
     changes = {name: value for name, value in given.items() if value is not None}
-    chosen = [changed for name, changed in variants.items() if getattr(options, name)]
-    for changed in (*chosen, changes):
+    for changed in (*(variants[name] for name in chosen), changes):
         settings = settings._replace(**changed)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
 
@@ -293,6 +303,6 @@ def _write_outputs(path: Path, bench: Experiment, done: Run) -> None:
         if point.level == SHOWN:
             outputs["sparse"] = point.scores.outputs
     columns = {"source": bench.test_pairs.source, "reference": bench.test.references, **outputs}
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in zip(*columns.values(), strict=True):
             print(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False), file=file)

@@ -25,7 +25,7 @@ class Pairs(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """Nothing is chosen by the test pairs, which are looked at once."""
+    """A text with its splits; nothing is chosen by the test pairs, which are looked at once."""
 
     train: Pairs
     validation: Pairs

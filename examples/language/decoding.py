@@ -70,7 +70,7 @@ def beam_search(
       model: the network.
       length: of the longest target, its ``EOS`` included.
       beams: hypotheses followed at a time.
-      penalty: of length; 0 for none, larger ones favour long hypotheses.
+      penalty: of length, at least 0, which is none; larger ones favour long hypotheses.
 
     Returns:
       A function from params and a sentence a row, shape=[batch, source], to tokens,
@@ -89,10 +89,7 @@ def beam_search(
 
         def going_on(state):
             # The best that those alive can come to: no further loss, and the longest.
-            best = jnp.maximum(
-                score(state.log_probability.max(-1), length),
-                score(state.log_probability.max(-1), state.position + 1),
-            )
+            best = score(state.log_probability.max(-1), length)
             return (state.position < length) & (best > state.score.max(-1)).any()
 
         def step(state):

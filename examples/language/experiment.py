@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,37 +22,37 @@ from .transformer import PAD, Transformer
 
 
 class Settings(NamedTuple):
-    """What all methods of an experiment share."""
+    """What all methods of an experiment share; each is a flag of the commands."""
 
-    vocabulary: int  # tokens of the byte-pair encoding, both sides together
-    width: int
-    hidden: int  # width of the feed-forward layers
-    heads: int
-    layers: int  # of the encoder, and as many of the decoder
-    dropout: float
-    source_length: int  # tokens of the longest source, EOS included; what is more is cut off
-    target_length: int
-    row: int  # tokens of a packed row, on the side that has more of them
-    batch: int  # rows a step
-    dense_epochs: int
-    loop_epochs: int
-    tune_epochs: int  # of each reported network
-    interval: int  # batches between two checks, rounded up to whole steps of the optimizer
-    share: float  # the bound: so much of the dense network's BLEU, or its loss divided by it
-    bound: float | None = None  # instead, the metric itself
-    patience: int | None = None  # stop when the metric got worse so many checks in a row
-    fraction: float = 0.1  # of what is left, pruned at a check that meets the bound
-    metric: str = "bleu"  # of greedy decoding, or "loss", on validation pairs
-    validation_pairs: int = 300  # that are decoded
-    train_pairs: int | None = None  # None: all
-    test_pairs: int | None = None
-    learning_rate: float = 1e-3
-    warmup: float = 0.1  # share of the dense training
-    accumulate: int = 1  # batches whose gradients are averaged for a step of the optimizer
-    smoothing: float = 0.0  # of the labels
-    bfloat16: bool = False
-    beams: int = 4
-    penalty: float = 0.6  # of length, in beam search
+    vocabulary: Annotated[int, "tokens of the byte-pair encoding, both sides together"]
+    width: Annotated[int, "size of a token's vector"]
+    hidden: Annotated[int, "width of the feed-forward layers"]
+    heads: Annotated[int, "of attention"]
+    layers: Annotated[int, "of the encoder, and as many of the decoder"]
+    dropout: Annotated[float, "share of what is dropped in training"]
+    source_length: Annotated[int, "tokens of the longest source, EOS included; the rest is cut off"]
+    target_length: Annotated[int, "tokens of the longest target, likewise"]
+    row: Annotated[int, "tokens of a packed row, on the side that has more of them"]
+    batch: Annotated[int, "rows a step"]
+    dense_epochs: Annotated[int, "epochs of the dense network"]
+    loop_epochs: Annotated[int, "epochs of the pruning loop"]
+    tune_epochs: Annotated[int, "epochs for which each reported network is tuned"]
+    interval: Annotated[int, "batches between two checks, rounded up to steps of the optimizer"]
+    share: Annotated[float, "the bound: this share of the dense BLEU, or the dense loss over it"]
+    bound: Annotated[float | None, "instead of --share, the metric itself"] = None
+    patience: Annotated[int | None, "stop when the metric fell at so many checks in a row"] = None
+    fraction: Annotated[float, "of what is left, pruned at a check that meets the bound"] = 0.1
+    metric: Annotated[str, "bleu, of greedy decoding, or loss, on validation pairs"] = "bleu"
+    validation_pairs: Annotated[int, "validation pairs that the loop decodes"] = 300
+    train_pairs: Annotated[int | None, "training pairs, drawn at random; None: all"] = None
+    test_pairs: Annotated[int | None, "test pairs, drawn at random; None: all"] = None
+    learning_rate: Annotated[float, "of Adam, at its highest"] = 1e-3
+    warmup: Annotated[float, "share of the dense training in which the learning rate rises"] = 0.1
+    accumulate: Annotated[int, "batches whose gradients are averaged for one step"] = 1
+    smoothing: Annotated[float, "of the labels"] = 0.0
+    bfloat16: Annotated[bool, "compute in bfloat16; parameters stay in float32"] = False
+    beams: Annotated[int, "of beam search, on the test pairs"] = 4
+    penalty: Annotated[float, "exponent of the length by which a beam's score is divided"] = 0.6
 
 
 class Tokens(NamedTuple):
@@ -64,7 +64,7 @@ class Tokens(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of a network."""
+    """What a network reaches."""
 
     validation_loss: float  # nats a token
     validation_bleu: float  # of greedy decoding, on the pairs that the loop decodes
@@ -177,6 +177,12 @@ def _check(settings: Settings, corpus: Corpus) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and (value < 0 or (value == 0 and name not in zero)):
             raise ValueError(f"{name}: {value} is too small.")
+    for name in ("dropout", "smoothing", "warmup"):
+        if getattr(settings, name) >= 1:
+            raise ValueError(f"{name}: {getattr(settings, name)} must be less than 1.")
+    for name in ("fraction", "share"):
+        if getattr(settings, name) > 1:
+            raise ValueError(f"{name}: {getattr(settings, name)} is a share, 1 at most.")
     if settings.metric not in ("bleu", "loss"):
         raise ValueError(f"metric: {settings.metric!r} is neither 'bleu' nor 'loss'.")
     if settings.width % settings.heads:
@@ -233,7 +239,19 @@ def train_loss(model: Transformer, smoothing: float, bfloat16: bool) -> trainer.
 
 
 def cross_entropy(logits: jax.Array, target: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """Of each token, 0 for padding: 1 - ``smoothing`` for the right one, the rest shared by all."""
+    """Cross-entropy of each token with smoothed labels (Szegedy et al. 2016, section 7).
+
+    With s = ``smoothing``, p the softmax of the logits and V tokens it is
+    -(1 - s) log p[target] - (s / V) sum_v log p[v]; 0 where the target is ``PAD``.
+
+    Args:
+      logits: shape=[..., V]; computed in float32.
+      target: shape=[...], tokens.
+      smoothing: in [0, 1).
+
+    Returns:
+      float32, shape=[...], in nats.
+    """
     logits = logits.astype(jnp.float32)
     total = jax.nn.logsumexp(logits, axis=-1)
     right = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]

@@ -6,11 +6,23 @@ python -m examples.language.samples results/outputs/RUN.jsonl > results/samples.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's outputs: source, reference and what the networks made of it."""
+    # Not splitlines(), which also cuts at separators that JSON leaves within a text.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
 
 
 def page(path: Path, number: int = 10) -> str:
-    """Markdown: sentences at even distances in the file."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    """Markdown: sentences at even distances in the file.
+
+    Raises:
+      ValueError: the file has fewer sentences, or no outputs of a sparse network.
+    """
+    lines = read(path)
     if len(lines) < number or "sparse" not in lines[0]:
         raise ValueError(
             f"{path}: has {len(lines)} sentences; {number} are needed, with the output of a sparse"

@@ -157,7 +157,7 @@ def sparsify(
         history,
         float(state.progress.bound),
         float(state.progress.dense_metric),
-        _scored(bench, dense.params, folder / "scores-dense.json", overdue),
+        _scored(bench, dense.params, _dense_scores(bench, folder.parent, seed), overdue),
         points,
         sum(leaf.size for leaf in jax.tree.leaves(dense.params)),
         sum(check.seconds for check in history),
@@ -170,6 +170,13 @@ def _bound(settings: experiment.Settings) -> Any:
     if settings.metric == "bleu":
         return lambda dense_metric: settings.share * dense_metric
     return lambda dense_metric: dense_metric / settings.share if settings.share else float("inf")
+
+
+def _dense_scores(bench: Experiment, shared: Path, seed: int) -> Path:
+    """The dense network is decoded once for all methods, as long as the decoding is the same."""
+    settings = bench.settings
+    how = (settings.beams, settings.penalty, settings.validation_pairs, settings.test_pairs)
+    return shared / f"scores-dense-seed{seed}-{'-'.join(map(str, how))}.json"
 
 
 def _scored(bench: Experiment, params: Any, path: Path, overdue: Callable[[], bool]) -> Scores:
@@ -232,5 +239,6 @@ def _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar):
         overdue,
         f"tuning at {level:g}" if progress_bar else None,
     )
-    sj.save_sparse(done, record.params)
+    what = {"settings": bench.settings._asdict(), "dialogue": bool(bench.corpus.symbols)}
+    sj.save_sparse(done, record.params, metadata=what)
     return record.params

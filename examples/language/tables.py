@@ -2,9 +2,10 @@ r"""The records of the language experiments as tables and figures.
 
     python -m examples.language.tables    # tables to the screen; figures to results/
 
-Means over seeds; where there are several, the lowest and the highest in brackets. At 75 % sparsity
-each network is compared with its dense one, and with that of no regularizer, by sacrebleu's paired
-bootstrap. Reads results/CORPUS-METHOD-seedN.json and results/outputs.
+Means over seeds; where there are several, in the first table the lowest and the highest in
+brackets. At 75 % sparsity each network is compared with its dense one, and with that of no
+regularizer, by sacrebleu's paired bootstrap. Reads results/CORPUS-METHOD-seedN.json and
+results/outputs.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from sacrebleu.significance import PairedTest
 from tabulate import tabulate
 
+from . import samples
 from .methods import METHODS
 from .sparsify import KINDS, LEVELS
 
@@ -74,7 +76,7 @@ def by_level(records: Records) -> str:
             points = _points(runs, level)
             few = "" if len(points) in (0, len(runs)) else f" ({len(points)} runs)"
             cells.append(_spread([point["bleu"] for point in points]) + few)
-        rows.append([METHODS[method].title, len(runs), *cells])
+        rows.append([f"{method}: {METHODS[method].title}", len(runs), *cells])
     headers = ["BLEU", "seeds", *(f"{level:.0%}" for level in LEVELS)]
     rows[0] += [""] * (len(headers) - 3)
     return tabulate(rows, headers, "github", disable_numparse=True)
@@ -126,7 +128,7 @@ def bootstrap(folder: Path, corpus: str, seeds: Sequence[int]) -> str:
         for method in METHODS:
             path = folder / "outputs" / f"{corpus}-{method}-seed{seed}.jsonl"
             if path.exists():
-                lines = [json.loads(line) for line in path.read_text().splitlines()]
+                lines = samples.read(path)
                 if "sparse" in lines[0]:
                     outputs[method] = [line["sparse"] for line in lines]
                     outputs["dense"] = [line["dense"] for line in lines]

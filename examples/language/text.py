@@ -1,13 +1,17 @@
 """Text to tokens and back, and many sentences packed into rows of one length."""
 
 import io
-from collections.abc import Iterable, Sequence
+import itertools
+import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
 
 from .transformer import EOS, PAD
+
+LEARNED_FROM = 2_000_000  # sentences at most are what the tokens are learned from
 
 
 class Packed(NamedTuple):
@@ -22,15 +26,23 @@ class Packed(NamedTuple):
 
 
 def train_tokenizer(
-    sentences: Iterable[str], vocabulary: int, symbols: Sequence[str] = ()
+    sentences: Sequence[str], vocabulary: int, symbols: Sequence[str] = ()
 ) -> sentencepiece.SentencePieceProcessor:
     """Learns byte-pair encoding; fewer tokens than asked for where the text does not have more.
 
+    The same sentences give the same tokens, so that a run that was cut off can learn them again.
+
     Args:
-      sentences: of the training split alone, both sides.
+      sentences: of the training split alone, both sides; of more than :data:`LEARNED_FROM` so many
+        are drawn.
       vocabulary: tokens, ``PAD`` and ``EOS`` among them.
       symbols: that are one token each, tags of speakers for instance.
+
+    Raises:
+      RuntimeError: the vocabulary does not fit the sentences (SentencePiece says how).
     """
+    if len(sentences) > LEARNED_FROM:  # here, as SentencePiece draws others in each process
+        sentences = random.Random(0).sample(sentences, LEARNED_FROM)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
@@ -45,8 +57,6 @@ def train_tokenizer(
         bos_id=-1,
         max_sentence_length=1 << 16,
         character_coverage=1.0,
-        input_sentence_size=2_000_000,  # drawn, where there are more
-        shuffle_input_sentence=True,
         minloglevel=2,
     )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -70,8 +80,8 @@ def encode(
 
 def decode(tokenizer: sentencepiece.SentencePieceProcessor, tokens: np.ndarray) -> list[str]:
     """Text of rows of tokens, each up to its first ``EOS``."""
-    rows = [[int(token) for token in row if token not in (PAD, EOS)] for row in tokens]
-    return tokenizer.decode(rows)
+    rows = [itertools.takewhile(lambda token: token != EOS, row.tolist()) for row in tokens]
+    return tokenizer.decode([[token for token in row if token != PAD] for row in rows])
 
 
 def pack(
@@ -92,6 +102,9 @@ def pack(
 
     Returns:
       The rows, as uint16 where that is enough.
+
+    Raises:
+      ValueError: a pair is longer than a row.
     """
     rows: list[list[int]] = []  # numbers of pairs
     room: list[tuple[int, int, int]] = []  # number of the row, what is left on both sides
@@ -113,12 +126,18 @@ def pack(
             rows.append([i])
 
     def side(sentences: Sequence[Sequence[int]], length: int) -> np.ndarray:
-        return padded([[token for i in row for token in sentences[i]] for row in rows], length)
+        packed = np.full((len(rows), length), PAD, _dtype(1 + max(map(max, sentences), default=0)))
+        for numbers, row in zip(rows, packed, strict=True):
+            end = 0
+            for i in numbers:
+                start, end = end, end + len(sentences[i])
+                row[start:end] = sentences[i]
+        return packed
 
     return Packed(side(sources, source_length), side(targets, target_length))
 
 
-def padded(sentences: Sequence[Sequence[int]], length: int) -> np.ndarray:
+def padded(sentences: Sequence[Any], length: int) -> np.ndarray:
     """A sentence a row, ``PAD`` after it."""
     largest = max((max(sentence, default=0) for sentence in sentences), default=0)
     rows = np.full((len(sentences), length), PAD, _dtype(largest + 1))
@@ -132,14 +151,14 @@ def _dtype(vocabulary: int) -> Any:
 
 
 def generate(
-    decode_batch: Any, params: Any, sources: Sequence[Sequence[int]], batch: int, length: int
+    decode_batch: Any, params: Any, sources: Sequence[Any], batch: int, length: int
 ) -> np.ndarray:
     """Decodes all sources, those of like length together, in batches of one shape.
 
     Args:
       decode_batch: from params and sources, shape=[batch, length], to tokens.
       params: of the network.
-      sources: tokens with ``EOS``.
+      sources: tokens with ``EOS``, a list or an array each.
       batch: sentences at a time.
       length: of the longest source.
 

@@ -1,8 +1,8 @@
 """An encoder-decoder Transformer in Flax Linen, in the form of BART, with ReLU.
 
-Normalization after each residual sum and after the embeddings, learned positions, biases
-everywhere; one embedding for the encoder, the decoder and the output (Vaswani et al. 2017; Lewis
-et al. 2020).
+Normalization after each residual sum and after the embeddings, learned positions, biases in all
+but the output; one embedding for encoder, decoder and output (Vaswani et al. 2017; Lewis et al.
+2020).
 
 A row of tokens may hold several sentences one after another (packing): each ends with ``EOS``, and
 ``PAD`` fills the rest. Sentences see only themselves, and the n-th target the n-th source.
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.output = (nn.Dense(self.width) for _ in range(4))
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of what is attended to: shape=[batch, length, heads, size]."""
+        """Keys and values of ``x``, shape=[batch, length, width]: [batch, length, heads, size]."""
         return self._split(each(self.key, x)), self._split(each(self.value, x))
 
     def __call__(
@@ -151,12 +151,15 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(self.dropout)
 
     def __call__(self, source: jax.Array, target: jax.Array, train: bool = False) -> jax.Array:
-        """Logits, shape=[batch, target, vocabulary]; that of a token is not told the token.
+        """Logits of each target token, from the source and the target's tokens before it.
 
         Args:
           source: shape=[batch, source], tokens, packed or not.
           target: shape=[batch, target], likewise, as many sentences in a row.
           train: whether to drop; it needs ``rngs={"dropout": key}``.
+
+        Returns:
+          shape=[batch, target, vocabulary], of the dtype of the params.
         """
         encoded, segment = self._encoded(source, train), segments(source)
         own = segments(target)

@@ -1,0 +1,61 @@
+r"""Writes with a sparse network that a run has saved: a line of text in, a line out.
+
+    echo "Open the file" | python -m examples.language.write results/networks/RUN-0.75.safetensors
+
+For a dialogue the line is the history: "<user> I want to eat. <assistant> Where? <user> In Oslo."
+RUN.model, the tokens, lies beside the networks of a run.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+import sparsereg_jax as sj
+
+from . import decoding, text
+from .experiment import Settings, network
+
+
+def write(path: Path, lines: Sequence[str]) -> list[str]:
+    """What the network of a file makes of each line, by beam search as in its run.
+
+    Raises:
+      OSError: the network or its tokens cannot be read.
+      SparseFileError: (a ValueError) the file is none that :func:`sparsereg_jax.save_sparse` wrote.
+    """
+    params, metadata = sj.load_sparse(path)
+    settings = Settings(**metadata["settings"])
+    model = path.with_name(path.name.rsplit("-", 1)[0] + ".model").read_bytes()
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    search = decoding.beam_search(
+        network(settings, tokenizer.vocab_size()),
+        settings.target_length,
+        settings.beams,
+        settings.penalty,
+    )
+    keep = "last" if metadata["dialogue"] else "first"
+    sources = text.encode(tokenizer, lines, settings.source_length, keep)
+    rows = text.generate(
+        lambda params, source: search(params, source)[0],
+        params,
+        sources,
+        min(100, len(sources)),
+        settings.source_length,
+    )
+    return text.decode(tokenizer, rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("network", type=Path, help="OUT/networks/RUN-LEVEL.safetensors")
+    path = parser.parse_args(arguments).network
+    lines = sys.stdin.read().splitlines()
+    print(*write(path, lines), sep="\n") if lines else None
+
+
+if __name__ == "__main__":
+    main()
