@@ -5,7 +5,8 @@
 
 Rows of random tokens, packed without padding, sentences of 15 tokens. Adam alone, with selective
 shrinkage, and with that and three weights of four held at zero. Ratios as in ``timing.py``; tokens
-of both sides a second, and the temporaries of the compiled step. On a CPU only ratios are shown.
+of both sides a second, and memory: of the params, of the optimizer's state, and temporaries of the
+compiled step. On a CPU the times are ratios only.
 """
 
 import argparse
@@ -33,8 +34,8 @@ SIZES = {"translation": translation.USUAL, "wmt14": wmt14.USUAL}
 SENTENCE = 15
 
 
-def measure(settings: Settings, rounds: int) -> list[Row]:
-    """Times the three steps in turn."""
+def measure(settings: Settings, rounds: int) -> tuple[list[Row], dict[str, dict[str, int]]]:
+    """Times the three steps in turn; of each also the bytes of params and optimizer state."""
     model = network(settings, settings.vocabulary)
     random = np.random.default_rng(0)
     shape = (settings.batch, settings.row)
@@ -49,7 +50,7 @@ def measure(settings: Settings, rounds: int) -> list[Row]:
         "selective_adam": selective,
         "selective_adam, zeros held": held,
     }
-    candidates = {}
+    candidates, memory = {}, {}
     for name, tx in transformations.items():
         state = tx.init(params)
         own = params
@@ -58,11 +59,17 @@ def measure(settings: Settings, rounds: int) -> list[Row]:
             own, state = sj.prune(tx, params, state, mask)
         carry = (own, state, jax.random.key_data(jax.random.key(1)))
         candidates[name] = compiled(_step(loss, tx), carry, source, target)
+        memory[name] = {"params": _bytes(own), "optimizer": _bytes(state)}
     seconds, _ = interleave(candidates, rounds)
-    return [
+    rows = [
         compare("training step", candidates, seconds, name, "adam", must=1.03)
         for name in list(candidates)[1:]
     ]
+    return rows, memory
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _step(loss: Any, tx: optax.GradientTransformation) -> Any:
@@ -87,15 +94,19 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     settings = SIZES[options.size]
     if options.batch is not None:
         settings = settings._replace(batch=options.batch)
-    rows, record = measure(settings, options.rounds), hardware()
+    (rows, memory), record = measure(settings, options.rounds), hardware()
     tokens = 2 * settings.batch * settings.row
     slug = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
     out = options.out or Path("results") / f"transformer-{options.size}-{slug}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    record |= {"size": options.size, "tokens": tokens, "rows": [row._asdict() for row in rows]}
+    record |= {"size": options.size, "tokens": tokens, "bytes": memory}
+    record["rows"] = [row._asdict() for row in rows]
     out.write_text(json.dumps(record, indent=1) + "\n")
     console = Console(width=160)
     show(console, rows, f"{record['device']}, {options.size}", milliseconds=not on_cpu())
+    for name, bytes_of in memory.items():
+        parts = (f"{part} {number / 2**20:.1f}" for part, number in bytes_of.items())
+        console.print(f"{name}: {', '.join(parts)} MiB")
     if not on_cpu():
         times = {rows[0].against: rows[0].against_milliseconds}
         times |= {row.ours: row.milliseconds for row in rows}

@@ -260,5 +260,11 @@ def test_transformer_step(tiny, monkeypatch, tmp_path, capsys):
         "training step",
         [("selective_adam", "adam"), ("selective_adam, zeros held", "adam")],
     )
-    assert json.loads(out.read_text())["tokens"] == 2 * 2 * 16
+    record = json.loads(out.read_text())
+    assert record["tokens"] == 2 * 2 * 16
+    # Adam: two moments as large as the params, and a count; held zeros: a mask besides.
+    plain, selective, held = record["bytes"].values()
+    assert plain["optimizer"] == 2 * plain["params"] + 4
+    assert held["params"] == plain["params"] == selective["params"]
+    assert held["optimizer"] > selective["optimizer"] >= plain["optimizer"]
     assert "zeros held" in capsys.readouterr().out
