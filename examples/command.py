@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import sys
 import time
 import typing
 from collections.abc import Mapping, Sequence
@@ -220,6 +221,9 @@ def main(
 
     Returns:
       The records.
+
+    Raises:
+      SystemExit: at the end where a run failed, with status 1; at once for a wrong option.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -265,7 +269,7 @@ def main(
 
     console = Console()
     bench = experiment.load(settings, options.data_dir)
-    records = []
+    records, failed = [], False
     try:
         for method in options.method:
             own = with_own_bound(settings, method) if options.bound is None else settings
@@ -288,6 +292,7 @@ def main(
                     )
                 except sj.PruningError as wrong:  # a dense network below the bound, say
                     console.print(f"{method}, seed {seed}: {wrong}", style="red")
+                    failed = True
                     continue
                 records.append(record)
                 show(console, record)
@@ -298,6 +303,8 @@ def main(
     console.print(
         f"Records are in {options.out}/, networks and pictures in {options.out}/networks/."
     )
+    if failed:
+        sys.exit(1)
     return records
 
 

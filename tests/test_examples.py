@@ -165,7 +165,8 @@ def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path, capsys):
 
 
 def test_a_bound_that_is_missed_does_not_end_the_other_runs(tmp_path, capsys):
-    assert run(tmp_path, "--bound", "0.9999", "--seed", "0", "1") == []
+    with pytest.raises(SystemExit, match="1"):
+        run(tmp_path, "--bound", "0.9999", "--seed", "0", "1")
     assert capsys.readouterr().out.count("misses the bound") == 2
 
 

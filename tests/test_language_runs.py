@@ -148,7 +148,8 @@ def test_wmt14_on_a_tiny_copy(tmp_path, capsys):
     (record,) = wmt14.main(arguments)
     assert record["data"] == "wmt14_translate/de-en, en to de"
     assert "26.86" in capsys.readouterr().out
-    assert wmt14.main([*arguments, "--bound", "99"]) == []
+    with pytest.raises(SystemExit, match="1"):
+        wmt14.main([*arguments, "--bound", "99"])
     assert "misses the bound 99" in capsys.readouterr().out
 
 

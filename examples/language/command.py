@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,9 @@ def main(
 
     Returns:
       The records.
+
+    Raises:
+      SystemExit: at the end where a run failed, with status 1; at once for a wrong option.
     """
     parser = argparse.ArgumentParser(
         description=document.splitlines()[0],
@@ -238,6 +242,7 @@ def main(
         f" pairs in {len(bench.train.source)} rows, padding {source:.1%} and {target:.1%}."
     )
     records: list[dict[str, Any]] = []
+    failed = False
     try:
         for seed in options.seed:
             if options.dense_only:
@@ -258,11 +263,14 @@ def main(
                     )
                 except sj.PruningError as wrong:  # a dense network below the bound, say
                     console.print(f"{method}, seed {seed}: {wrong}", style="red")
+                    failed = True
                     continue
                 records.append(record)
                 show(console, record)
     except checkpoints.OutOfTime:
         console.print("The time is up: the same command with --resume goes on.")
+    if failed:
+        sys.exit(1)
     return records
 
 
