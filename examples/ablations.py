@@ -67,6 +67,18 @@ def changed(**fields):
     return Variant(DEFAULT._replace(**fields))
 
 
+def momentum(irrelevance, alpha, gammas):
+    """The default with SGD in the loop, at a rate that trains as fast as Adam; gamma constant."""
+
+    def optimizer(learning_rate, gamma, steps_per_epoch):
+        del steps_per_epoch
+        return sj.selective_sgd(
+            20 * learning_rate, 0.9, strength=2 * gamma, irrelevance=irrelevance, alpha=alpha
+        )
+
+    return Variant(DEFAULT._replace(optimizer=optimizer), gammas)
+
+
 # What weakens the term is also tried with a larger gamma.
 LENET300 = {
     "default": Variant(gammas=(GAMMA, 3e-4)),
@@ -85,6 +97,10 @@ LENET300 = {
         DEFAULT._replace(optimizer=lambda lr, rate, n: optax.adamw(lr, weight_decay=rate)),
         (0.03, 0.1),
     ),
+    "SGD, momentum 0.9": momentum(flat, 1.0, (2.5e-4, 5e-4, 1e-3)),
+    "SGD, momentum 0.9, gate, alpha 3e-3": momentum(gate, 3e-3, (5e-4, 1.5e-3, 5e-3)),
+    "checks twice as often": Variant(settings={"interval": 125}),
+    "checks half as often": Variant(settings={"interval": 500}),
     "no label smoothing": changed(smoothing=0.0),
     "label smoothing 0.1": changed(smoothing=0.1),
     "never goes back": changed(recovery=None),
