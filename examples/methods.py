@@ -203,7 +203,7 @@ METHODS = {
         penalty(sj.constant_irrelevance),
     ),
     "none": Method(
-        "no regularizer, the fraction pruned chosen",
+        "no regularizer; its number is the fraction pruned at a time",
         (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24),
         no_regularizer,
         propose=lambda share, usual, n: sj.fraction_step(share, floor=0),

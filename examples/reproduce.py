@@ -1,15 +1,17 @@
 r"""All image experiments: every run, then the tables. Resumable; what is there is not run again.
 
-    python -m examples.reproduce --data-dir DIR                  # four to five hours
+    python -m examples.reproduce --data-dir DIR                  # six hours of a fast core
     python -m examples.reproduce --data-dir DIR --part 0 2 &     # or two at once, even
     python -m examples.reproduce --data-dir DIR --part 1 2       # and odd seeds
     python -m examples.reproduce --data-dir DIR --five-seeds     # all of them, for a GPU
 
-Runs are taken in an order in which the tables fill evenly. The strengths are those written in
-examples/methods.py; this command does not choose anew. --five-seeds runs every method that has one.
+The README's tables are what to expect. Runs are taken in an order in which they fill evenly. The
+strengths are those written in examples/methods.py; this command does not choose anew. --five-seeds
+runs every method that has one.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -63,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     part, parts = options.part
     loaded: dict[str, experiment.Experiment] = {}
+    failed = False
     try:
         for name, method, seed in runs(options.five_seeds):
             # By seed: the runs of a seed share a dense network, which only one process may write.
@@ -83,12 +86,15 @@ def main(arguments: list[str] | None = None) -> None:
                 )
             except sj.PruningError as wrong:
                 console.print(str(wrong), style="red")
+                failed = True
                 continue
             command.show(console, record)
     except checkpoints.OutOfTime:
         console.print("The time is up: the same command goes on.")
     if part == 0:
         tables.main(["--results", str(options.out)])
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
