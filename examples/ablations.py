@@ -92,6 +92,7 @@ LENET300 = {
     "gate on |g w|, alpha 1e-5": term(taylor, 1e-5),
     "L1": term(absolute_value, gammas=(1e-5, 3e-5)),
     "I grows, power 0.5": term(growing(0.5), gammas=(1e-4, 3e-4)),
+    "selective_adam as it comes": term(gate, decaying=False, gammas=(2e-4,)),
     "constant strength": term(flat, decaying=False, gammas=(2e-4, GAMMA)),
     "decoupled": Variant(
         DEFAULT._replace(optimizer=lambda lr, rate, n: optax.adamw(lr, weight_decay=rate)),
