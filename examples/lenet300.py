@@ -3,7 +3,7 @@ r"""LeNet-300-100 goes sparse: a regularizer, iterative pruning, fine-tuning, a 
     python -m examples.lenet300                                    # digits, no download
     python -m examples.lenet300 --dataset mnist --data-dir DIR     # the paper's data
     python -m examples.lenet300 --dataset mnist --data-dir DIR \
-        --method default paper l2 none --seed 0 1 2 3 4            # the README's table
+        --method default paper l2 none --seed 0 1 2 3 4            # rows of the README's table
 
 On one core of two: the digits in 40 seconds, 98.7 % sparse at a test error of 4.0 % (dense 4.0 %;
 jax 0.10.2, other versions end half a point away); MNIST in two and a half minutes a run, our recipe
