@@ -173,11 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in options.seed:
         for name in names:
             variant = variants[name]
-            if variant.augment is not None:  # the dense network of all variants is trained without
-                shared = experiment.folder(path.parent, bench) / f"dense-seed{seed}"
-                experiment.dense(bench, seed, shared)
             runs = [(name, gamma, seed) for gamma in variant.gammas]
-            explore(with_variant(bench, variant), {name: variant.method}, runs, path)
+            explore(with_variant(bench, variant), {name: variant.method}, runs, path, bench)
     print(table(variants, read(path)))
 
 

@@ -1,7 +1,7 @@
 r"""Each method's own strength, chosen on validation images at a third of the budget.
 
-    python -m examples.search lenet300-mnist --data-dir DIR
-    python -m examples.search lenet300-mnist --data-dir DIR --method l1
+    python -m examples.search lenet300-mnist --data-dir DIR --epochs 86
+    python -m examples.search lenet300-mnist --data-dir DIR --epochs 86 --method l1
 
 Seed 0, six strengths a method. A line a run goes to results/search-EXPERIMENT.jsonl; what is there
 is not run again. The test images are never looked at. LeNet-300-100 takes 30 to 90 seconds a run on
@@ -57,6 +57,7 @@ def explore(
     methods: Mapping[str, Method],
     runs: list[tuple[str, float, int]],
     path: Path,
+    plain: Experiment | None = None,
 ) -> None:
     """Runs what is not in the file yet, never with a look at the test images.
 
@@ -65,6 +66,7 @@ def explore(
       methods: by name.
       runs: (method, strength, seed).
       path: a line of JSON a run is added to it; the dense networks are kept beside it.
+      plain: the experiment whose dense networks the runs start from; None: ``bench`` itself.
     """
     epochs = bench.settings.epochs
     done = {
@@ -80,6 +82,7 @@ def explore(
         kept = experiment.folder(path.parent, bench)
         folder = kept / f"{path.stem}-{epochs}-{name}-{strength:g}-seed{seed}"
         shutil.rmtree(folder, ignore_errors=True)
+        experiment.dense(plain or bench, seed, kept / f"dense-seed{seed}")
         out = sparsify(bench, method, strength, seed, test=False, folder=folder)
         shutil.rmtree(folder, ignore_errors=True)
         line = {
@@ -105,11 +108,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its data")
     parser.add_argument("--method", nargs="+", default=SEARCHED, choices=SEARCHED)
-    parser.add_argument("--epochs", type=int, help="in all (default: a third of the usual ones)")
+    parser.add_argument("--epochs", type=int, help="in all (default: a third of the loop's)")
     parser.add_argument("--out", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
     settings = EXPERIMENTS[options.experiment]
-    epochs = settings.epochs // 3 if options.epochs is None else options.epochs
+    loop = settings.epochs - settings.dense_epochs
+    epochs = settings.dense_epochs + loop // 3 if options.epochs is None else options.epochs
     settings = settings._replace(epochs=epochs)
     runs = [(name, strength, 0) for name in options.method for strength in METHODS[name].strengths]
     path = options.out / f"search-{options.experiment}.jsonl"

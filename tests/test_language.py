@@ -199,7 +199,7 @@ def test_loss_counts_tokens_not_rows(params):
 
 @pytest.mark.slow
 def test_training_drops_and_smooths(params):
-    """The mean over many keys of a model that drops differs from one that does not."""
+    """What is dropped changes with the key; smoothed labels give the loss written out."""
     batch = (jnp.array([[3, EOS, PAD], [4, 2, EOS]]), jnp.array([[4, EOS], [EOS, PAD]]))
 
     def losses(dropout, smoothing):

@@ -110,6 +110,7 @@ def test_records_and_tables(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     mean = np.mean([record["points"][0]["bleu"] for record in (records[0], records[2])])
     assert f"{mean:.2f} [" in shown
+    assert shown.count("| none ") >= 2
     assert (tmp_path / "pairs.png").stat().st_size > 10_000
     page = samples.page(tmp_path / "outputs" / "pairs-paper-seed0.jsonl")
     assert page.count("| reference |") == 10

@@ -53,8 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("network", type=Path, help="OUT/networks/RUN-LEVEL.safetensors")
     path = parser.parse_args(arguments).network
-    lines = sys.stdin.read().splitlines()
-    print(*write(path, lines), sep="\n") if lines else None
+    # Not splitlines(), which also cuts at separators within a text.
+    lines = [line.rstrip("\n") for line in sys.stdin]
+    if lines:
+        print(*write(path, lines), sep="\n")
 
 
 if __name__ == "__main__":
