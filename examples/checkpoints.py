@@ -67,7 +67,7 @@ def epochs(
     folder: Path | None = None,
     overdue: Callable[[], bool] = lambda: False,
     title: str | None = None,
-) -> Any:
+) -> tuple[Any, float]:
     """Trains epoch by epoch; a training that was cut off, or one that is done, is taken up.
 
     Args:
@@ -79,25 +79,27 @@ def epochs(
       title: of a progress bar; None for none.
 
     Returns:
-      The tree after the last epoch.
+      The tree after the last epoch, and the seconds of training, those before a cut included.
 
     Raises:
       OutOfTime: ``overdue`` said so.
     """
-    done = 0
+    done, seconds = 0, 0.0
     if folder is not None and (found := restore(folder, state)):
-        done, state, _ = found
+        done, state, seconds = found
     saved = time.monotonic()
     bar = tqdm(range(done + 1, number + 1), title, unit="epoch", disable=title is None)
     for epoch in bar:
-        state = one_epoch(state, epoch)
+        began = time.monotonic()
+        state = jax.block_until_ready(one_epoch(state, epoch))
+        seconds += time.monotonic() - began
         late = overdue()
         if folder is not None and (late or epoch == number or time.monotonic() > saved + SECONDS):
-            save(folder, epoch, state)
+            save(folder, epoch, state, seconds)
             saved = time.monotonic()
         if late:
             raise OutOfTime
-    return state
+    return state, seconds
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

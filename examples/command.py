@@ -126,6 +126,7 @@ def run(
         "layers": [layer._asdict() for layer in layers],
         "checks": len(done.history),
         "seconds": done.seconds,
+        "dense_seconds": done.dense_seconds,
         **hardware(),
     }
     title = (

@@ -100,6 +100,7 @@ class Dense(NamedTuple):
     initial: trainer.Record
     early: trainer.Record  # after the first epoch
     trained: trainer.Record
+    seconds: float  # of training it
 
 
 def load(settings: Settings, data_dir: str | Path | None = None) -> Experiment:
@@ -175,8 +176,11 @@ def dense(
         record = train(jax.tree.map(jnp.copy, record))
         return record, record if epoch == 1 else early
 
-    record, early = checkpoints.epochs(one_epoch, (initial, initial), epochs, folder, overdue)
-    return Dense(*(each._replace(opt_state=()) for each in (initial, early, record)))
+    (record, early), seconds = checkpoints.epochs(
+        one_epoch, (initial, initial), epochs, folder, overdue
+    )
+    initial, early, record = (each._replace(opt_state=()) for each in (initial, early, record))
+    return Dense(initial, early, record, seconds)
 
 
 def _network(settings: Settings, classes: int) -> Network:

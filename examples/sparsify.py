@@ -40,6 +40,7 @@ class Run(NamedTuple):
     after: Point  # the end
     bound: float
     seconds: float  # of the loop and the tuning
+    dense_seconds: float
 
 
 def sparsify(
@@ -90,7 +91,8 @@ def sparsify(
     dense = experiment.dense(bench, seed, dense_folder, overdue)
     pruning, start = _loop(bench, method, strength, dense, interval, checks)
     state, history, curve = pruning.init(start), [], []
-    if folder is not None and (found := checkpoints.restore(folder, state)):
+    loop_folder = folder and folder / "loop"
+    if loop_folder is not None and (found := checkpoints.restore(loop_folder, state)):
         _, state, log = found
         history = [sj.check_from_json(line) for line in log["history"]]
         curve = [Point(*each) for each in log["curve"]]
@@ -104,9 +106,9 @@ def sparsify(
             curve.append(point(state.good, state.progress.good_metric))
         late = overdue()
         due = late or pruning.done(state) or time.monotonic() > saved + checkpoints.SECONDS
-        if folder is not None and due:
+        if loop_folder is not None and due:
             lines = [sj.check_to_json(each) for each in history]
-            checkpoints.save(folder, check.check, state, {"history": lines, "curve": curve})
+            checkpoints.save(loop_folder, check.check, state, {"history": lines, "curve": curve})
             saved = time.monotonic()
         if late:
             raise OutOfTime
@@ -116,9 +118,7 @@ def sparsify(
     if method.bounded:
         record = state.good
         curve.append(point(record, state.progress.good_metric))
-    began = time.perf_counter()
-    record = _tuned(bench, method, record)
-    seconds = sum(check.seconds for check in history) + time.perf_counter() - began
+    record, tuning = _tuned(bench, method, record, folder and folder / "tuning", overdue)
     return Run(
         record,
         dense.trained,
@@ -128,7 +128,8 @@ def sparsify(
         point(dense.trained),
         point(record),
         float(state.progress.bound),
-        seconds,
+        sum(check.seconds for check in history) + tuning,
+        dense.seconds,
     )
 
 
@@ -223,17 +224,29 @@ def rewinding(
     return one_round
 
 
-def _tuned(bench: Experiment, method: Method, record: trainer.Record) -> trainer.Record:
+def _tuned(
+    bench: Experiment,
+    method: Method,
+    record: trainer.Record,
+    folder: Path | None,
+    overdue: Callable[[], bool],
+) -> tuple[trainer.Record, float]:
+    """The network trained on, its zeros kept, and the seconds that it took."""
     epochs = round(bench.settings.epochs * method.tune)
     if not epochs:
-        return record
+        return record, 0.0
     falling = optax.cosine_decay_schedule(bench.settings.learning_rate, epochs * bench.epoch)
     tx = sj.hold_zeros(method.tuner(falling))
+    mask = sj.held_mask(record.params, record.opt_state)
+    params, opt_state = sj.prune(tx, record.params, tx.init(record.params), mask)
     train = bench.trainer(tx, bench.epoch)
-    tuned, _ = sj.fine_tune(
-        record, tx, train, bench.validation, intervals=epochs, view=trainer.variables
+    return checkpoints.epochs(
+        lambda record, epoch: train(jax.tree.map(jnp.copy, record)),
+        record._replace(params=params, opt_state=opt_state),
+        epochs,
+        folder,
+        overdue,
     )
-    return tuned
 
 
 def _gradients(bench: Experiment, record: trainer.Record) -> Any:

@@ -40,7 +40,12 @@ def translate(path, out, *more):
 
 
 def without_times(record):
-    return {key: value for key, value in record.items() if key not in ("seconds", "date")}
+    if isinstance(record, list):
+        return [without_times(each) for each in record]
+    if not isinstance(record, dict):
+        return record
+    timed = ("seconds", "dense_seconds", "tune_seconds", "date")
+    return {key: without_times(value) for key, value in record.items() if key not in timed}
 
 
 class Clock:

@@ -122,6 +122,7 @@ def run(
                 "kinds": point.kinds,
                 "metric": point.metric,
                 "file_bytes": point.file.stat().st_size,
+                "tune_seconds": point.seconds,
                 **_numbers(point.scores),
             }
             for point in done.points
@@ -131,6 +132,7 @@ def run(
             for check in done.history
         ],
         "seconds": done.seconds,
+        "dense_seconds": done.dense_seconds,
         **hardware(),
     }
     for point in done.points:
@@ -278,7 +280,7 @@ def _dense_only(console, bench, seed, out, deadline):
     """Trains the dense network of a seed, for the choice of a size, and records what it reaches."""
     overdue = (lambda: False) if deadline is None else lambda: time.monotonic() > deadline
     folder = experiment.folder(out, bench) / f"dense-seed{seed}"
-    dense = experiment.dense(bench, seed, folder, overdue, progress_bar=True)
+    dense, seconds = experiment.dense(bench, seed, folder, overdue, progress_bar=True)
     scores = experiment.scores(bench, dense.params)
     size = sum(leaf.size for leaf in jax.tree.leaves(dense.params))
     record = {
@@ -288,6 +290,7 @@ def _dense_only(console, bench, seed, out, deadline):
         "settings": bench.settings._asdict(),
         "parameters": size,
         **_numbers(scores),
+        "dense_seconds": seconds,
         **hardware(),
     }
     path = out / f"{experiment.name(bench)}-dense-width{bench.settings.width}-seed{seed}.json"

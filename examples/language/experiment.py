@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -72,6 +73,7 @@ class Scores(NamedTuple):
     bleu: float  # of beam search
     chrf: float
     outputs: list[str]
+    seconds: float  # that it took to measure all this
 
 
 class Experiment(NamedTuple):
@@ -120,8 +122,7 @@ def load(settings: Settings, corpus: Corpus) -> Experiment:
     model = network(settings, tokenizer.vocab_size())
 
     def tokens(pairs: Pairs) -> Tokens:
-        keep = "last" if corpus.symbols else "first"
-        sources = text.encode(tokenizer, pairs.source, settings.source_length, keep)
+        sources = encoded(settings, tokenizer, pairs.source, bool(corpus.symbols))
         targets = text.encode(tokenizer, pairs.target, settings.target_length)
         # Neighbours in a file are alike, and a row keeps its sentences for all epochs: shuffled.
         order = np.random.default_rng(0).permutation(len(sources))
@@ -137,7 +138,6 @@ def load(settings: Settings, corpus: Corpus) -> Experiment:
         raise ValueError(
             f"batch: {settings.batch} rows are more than the {len(train.source)} of training."
         )
-    beam = decoding.beam_search(model, settings.target_length, settings.beams, settings.penalty)
     return Experiment(
         settings,
         corpus,
@@ -153,7 +153,7 @@ def load(settings: Settings, corpus: Corpus) -> Experiment:
         len(train.source) // settings.batch,
         _loss(model),
         decoding.greedy(model, settings.target_length),
-        lambda params, source: beam(params, source)[0],
+        search(settings, model),
     )
 
 
@@ -169,6 +169,23 @@ def network(settings: Settings, vocabulary: int) -> Transformer:
         settings.target_length,
         settings.dropout,
     )
+
+
+def encoded(
+    settings: Settings,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    sources: Sequence[str],
+    dialogue: bool,
+) -> list[np.ndarray]:
+    """Sources as tokens; of what is too long, a history keeps its end and a text its beginning."""
+    keep = "last" if dialogue else "first"
+    return text.encode(tokenizer, sources, settings.source_length, keep)
+
+
+def search(settings: Settings, model: Transformer) -> Callable[[Any, jax.Array], jax.Array]:
+    """Beam search: from params and sources to the likeliest outputs."""
+    beam = decoding.beam_search(model, settings.target_length, settings.beams, settings.penalty)
+    return lambda params, source: beam(params, source)[0]
 
 
 def _check(settings: Settings, corpus: Corpus) -> None:
@@ -212,16 +229,16 @@ def bleu(outputs: Sequence[str], references: Sequence[str]) -> float:
 
 def scores(experiment: Experiment, params: Any) -> Scores:
     """On validation pairs; on the test pairs by beam search."""
-    test = experiment.test
+    began, test = time.monotonic(), experiment.test
     outputs = _generate(experiment, experiment.search, params, test)
-    return Scores(
+    numbers = (
         experiment.loss(params, experiment.validation),
         greedy_bleu(experiment, params),
         experiment.loss(params, test),
         bleu(outputs, test.references),
         CHRF.corpus_score(outputs, [test.references]).score,
-        outputs,
     )
+    return Scores(*numbers, outputs, time.monotonic() - began)
 
 
 def train_loss(model: Transformer, smoothing: float, bfloat16: bool) -> trainer.Loss:
@@ -288,7 +305,7 @@ def dense(
     folder: Path | None = None,
     overdue: Callable[[], bool] = lambda: False,
     progress_bar: bool = False,
-) -> trainer.Record:
+) -> tuple[trainer.Record, float]:
     """Trains the dense network of a seed: Adam, its learning rate rising, then falling as a cosine.
 
     Args:
@@ -299,7 +316,7 @@ def dense(
       progress_bar: shows one.
 
     Returns:
-      The record, without optimizer state.
+      The record, without optimizer state, and the seconds of training.
 
     Raises:
       OutOfTime: ``overdue`` said so.
@@ -314,7 +331,7 @@ def dense(
     params = jax.jit(experiment.model.init)(jax.random.key(seed), none, none)
     record = trainer.start(params, tx, len(experiment.train.source), seed)
     train = make_trainer(experiment, tx, experiment.steps // parts(experiment))
-    record = checkpoints.epochs(
+    record, seconds = checkpoints.epochs(
         lambda record, epoch: train(jax.tree.map(jnp.copy, record)),
         record,
         settings.dense_epochs * parts(experiment),
@@ -322,7 +339,7 @@ def dense(
         overdue,
         f"dense, seed {seed}" if progress_bar else None,
     )
-    return record._replace(opt_state=())
+    return record._replace(opt_state=()), seconds
 
 
 def folder(out: Path, experiment: Experiment) -> Path:

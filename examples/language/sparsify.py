@@ -39,6 +39,7 @@ class Point(NamedTuple):
     metric: float  # in the loop
     file: Path  # its params, sparse
     scores: Scores
+    seconds: float  # of tuning
 
 
 class Run(NamedTuple):
@@ -51,6 +52,7 @@ class Run(NamedTuple):
     points: list[Point]
     parameters: int
     seconds: float  # of the loop
+    dense_seconds: float  # of training the dense network
 
 
 def sparsify(
@@ -90,7 +92,7 @@ def sparsify(
         return deadline is not None and time.monotonic() > deadline
 
     settings = bench.settings
-    dense = experiment.dense(
+    dense, dense_seconds = experiment.dense(
         bench, seed, folder.parent / f"dense-seed{seed}", overdue, progress_bar
     )
     interval = settings.accumulate * -(-settings.interval // settings.accumulate)
@@ -115,7 +117,7 @@ def sparsify(
         recovery=None if method.recovery is None else max(1, round(method.recovery * checks)),
         stop_when_worsening=settings.patience,
     )
-    start = trainer.start(dense.params, tx, len(bench.train.source), seed)
+    start = dense._replace(opt_state=tx.init(dense.params))  # its order and random key go on
     state, history, metrics = pruning.init(start), [], {}
     loop_folder = folder / "loop"
     if found := checkpoints.restore(loop_folder, state):
@@ -145,14 +147,16 @@ def sparsify(
     tuning = _tuning(bench)
     points = []
     for level in sorted(metrics):
-        params = _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar)
+        params, seconds = _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar)
         scored = _scored(bench, params, folder / f"scores-{level:g}.json", overdue)
         size, kept = (
             sum(int(count(leaf)) for leaf in jax.tree.leaves(params))
             for count in (np.size, np.count_nonzero)
         )
         file = _file(folder, "tuned", level)
-        points.append(Point(level, 1 - kept / size, by_kind(params), metrics[level], file, scored))
+        points.append(
+            Point(level, 1 - kept / size, by_kind(params), metrics[level], file, scored, seconds)
+        )
     return Run(
         history,
         float(state.progress.bound),
@@ -161,6 +165,7 @@ def sparsify(
         points,
         sum(leaf.size for leaf in jax.tree.leaves(dense.params)),
         sum(check.seconds for check in history),
+        dense_seconds,
     )
 
 
@@ -225,13 +230,14 @@ def _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar):
     """A network trained on, its zeros kept; by epochs, as the dense one."""
     done = _file(folder, "tuned", level)
     if done.exists():
-        return sj.load_sparse(done, like=dense.params)[0]
+        params, metadata = sj.load_sparse(done, like=dense.params)
+        return params, metadata["seconds"]
     tx, train = tuning
     params, _ = sj.load_sparse(_file(folder, "good", level), like=dense.params)
     mask = jax.tree.map(lambda leaf: leaf != 0, params)
     params, opt_state = sj.prune(tx, params, tx.init(params), mask)
     record = trainer.start(params, tx, len(bench.train.source), 10_000 + seed)
-    record = checkpoints.epochs(
+    record, seconds = checkpoints.epochs(
         lambda record, epoch: train(jax.tree.map(jnp.copy, record)),
         record._replace(opt_state=opt_state),
         bench.settings.tune_epochs * experiment.parts(bench),
@@ -239,6 +245,10 @@ def _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar):
         overdue,
         f"tuning at {level:g}" if progress_bar else None,
     )
-    what = {"settings": bench.settings._asdict(), "dialogue": bool(bench.corpus.symbols)}
+    what = {
+        "settings": bench.settings._asdict(),
+        "dialogue": bool(bench.corpus.symbols),
+        "seconds": seconds,
+    }
     sj.save_sparse(done, record.params, metadata=what)
-    return record.params
+    return record.params, seconds

@@ -15,8 +15,8 @@ import sentencepiece
 
 import sparsereg_jax as sj
 
-from . import decoding, text
-from .experiment import Settings, network
+from . import experiment, text
+from .experiment import Settings
 
 
 def write(path: Path, lines: Sequence[str]) -> list[str]:
@@ -30,21 +30,10 @@ def write(path: Path, lines: Sequence[str]) -> list[str]:
     settings = Settings(**metadata["settings"])
     model = path.with_name(path.name.rsplit("-", 1)[0] + ".model").read_bytes()
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    search = decoding.beam_search(
-        network(settings, tokenizer.vocab_size()),
-        settings.target_length,
-        settings.beams,
-        settings.penalty,
-    )
-    keep = "last" if metadata["dialogue"] else "first"
-    sources = text.encode(tokenizer, lines, settings.source_length, keep)
-    rows = text.generate(
-        lambda params, source: search(params, source)[0],
-        params,
-        sources,
-        min(100, len(sources)),
-        settings.source_length,
-    )
+    search = experiment.search(settings, experiment.network(settings, tokenizer.vocab_size()))
+    sources = experiment.encoded(settings, tokenizer, lines, metadata["dialogue"])
+    batch = min(100, len(sources))
+    rows = text.generate(search, params, sources, batch, settings.source_length)
     return text.decode(tokenizer, rows)
 
 
