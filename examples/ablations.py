@@ -10,7 +10,7 @@ test images are never looked at.
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import optax
 
 import sparsereg_jax as sj
 
-from . import augment, experiment
+from . import augment, experiment, tables
 from .experiment import EXPERIMENTS, Experiment
 from .methods import METHODS, Method, absolute_value, fraction, penalty
 from .search import explore, read
@@ -145,20 +145,48 @@ def with_variant(bench: Experiment, variant: Variant) -> Experiment:
     return bench._replace(settings=bench.settings._replace(**variant.settings), network=network)
 
 
-def table(variants: dict[str, Variant], lines: list[dict[str, Any]]) -> str:
-    """A row a variant and gamma, in Markdown: means over its seeds, in per cent."""
+def table(
+    variants: dict[str, Variant],
+    lines: list[dict[str, Any]],
+    records: Sequence[dict[str, Any]] = (),
+) -> str:
+    """A row a variant and gamma, in Markdown: means over its seeds, in per cent.
+
+    Args:
+      variants: by name.
+      lines: their runs.
+      records: those of the default as it is; it has a row for all seeds, and one for each set of
+        seeds that variants were run with, so that like is compared with like.
+    """
     rows = [
         "| changed | gamma | seeds | sparsity | validation accuracy |",
-        "|---|---:|---:|---:|---:|",
+        "|---|---:|---|---:|---:|",
     ]
-    for name, variant in variants.items():
-        for gamma in variant.gammas:
-            runs = [x for x in lines if (x["method"], x["strength"]) == (name, gamma)]
-            if runs:
-                sparsity = _pm([100 * run["sparsity"] for run in runs])
-                accuracy = _pm([100 * run["validation"] for run in runs])
-                title = name.replace("|", "\\|")
-                rows.append(f"| {title} | {gamma:g} | {len(runs)} | {sparsity} | {accuracy} |")
+
+    def row(title, gamma, seeds, sparsity, accuracy):
+        numbers = (_pm([100 * value for value in values]) for values in (sparsity, accuracy))
+        shown = ", ".join(map(str, seeds))
+        rows.append(f"| {title} | {gamma:g} | {shown} | {' | '.join(numbers)} |")
+
+    known = {record["seed"]: record for record in records}
+    runs = {
+        (name, gamma): {
+            x["seed"]: x for x in lines if (x["method"], x["strength"]) == (name, gamma)
+        }
+        for name, variant in variants.items()
+        for gamma in variant.gammas
+    }
+    sets = {tuple(sorted(known)), *(tuple(sorted(found)) for found in runs.values())}
+    for seeds in sorted(sets, key=len, reverse=True):
+        if seeds and set(seeds) <= set(known):
+            chosen = [known[seed] for seed in seeds]
+            values = [[x[key] for x in chosen] for key in ("sparsity", "validation_accuracy")]
+            row("nothing", chosen[0]["strength"], seeds, *values)
+    for (name, gamma), found in runs.items():
+        if found:
+            values = [[x[key] for x in found.values()] for key in ("sparsity", "validation")]
+            title = "gamma" if name == "default" else name.replace("|", "\\|")
+            row(title, gamma, sorted(found), *values)
     return "\n".join(rows)
 
 
@@ -187,7 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
             variant = variants[name]
             runs = [(name, gamma, seed) for gamma in variant.gammas]
             explore(with_variant(bench, variant), {name: variant.method}, runs, path, bench)
-    print(table(variants, read(path)))
+    records = tables.read(options.out, options.experiment).get("default", [])
+    print(table(variants, read(path), records))
 
 
 if __name__ == "__main__":

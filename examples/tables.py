@@ -30,6 +30,8 @@ ACCURACIES = {
     "lenet5-fashion_mnist": (0.91, 0.905),
 }
 
+LEVELS = (0.95, 0.97, 0.98, 0.99, 0.995)  # sparsities at which the gate is compared with I = 1
+
 
 def read(folder: Path, experiment: str) -> Records:
     """The records of an experiment, methods in the order of their table, seeds in order.
@@ -199,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n## {first['settings']['network']}, {first['data']}\n")
         print(table(records), end="\n\n")
         print(on_the_way(records, ACCURACIES.get(experiment, ())), end="\n\n")
-        print(comparison(records, (0.95, 0.97, 0.98, 0.99, 0.995)))
+        print(comparison(records, LEVELS))
         figure = figures.comparison(records, _masks(options.results, experiment, list(records)))
         figure.savefig(options.results / f"{experiment}.png")
 

@@ -256,10 +256,24 @@ def test_ablations_change_one_thing():
         differing += variant.settings
         assert len(differing) == (0 if name in ("default", "no regularizer") else 1), name
         found += [{"method": name, "strength": gamma} for gamma in variant.gammas]
-    lines = [line | {"sparsity": 0.5, "validation": 0.25 * i} for line in found for i in (1, 2)]
+    lines = [
+        line | {"seed": i, "sparsity": 0.5, "validation": 0.25 * i}
+        for line in found
+        for i in (1, 2)
+    ]
     rows = ablations.table(ablations.LENET300, lines).splitlines()[2:]
     assert len(rows) == len(found)
-    assert rows[0] == "| default | 0.001 | 2 | 50.00 ± 0.00 | 37.50 ± 17.68 |"
+    assert rows[0] == "| gamma | 0.001 | 1, 2 | 50.00 ± 0.00 | 37.50 ± 17.68 |"
+    # The default itself: with all its seeds, and with those that the variants have.
+    known = [
+        {"seed": i, "strength": 1e-3, "sparsity": 0.9, "validation_accuracy": i} for i in range(4)
+    ]
+    rows = ablations.table(ablations.LENET300, lines, known).splitlines()[2:]
+    assert rows[:2] == [
+        "| nothing | 0.001 | 0, 1, 2, 3 | 90.00 ± 0.00 | 150.00 ± 129.10 |",
+        "| nothing | 0.001 | 1, 2 | 90.00 ± 0.00 | 150.00 ± 70.71 |",
+    ]
+    assert len(rows) == 2 + len(found)
 
 
 def test_variants_of_lenet5_change_the_experiment():

@@ -1,12 +1,16 @@
-"""The README's code runs as it stands, block after block."""
+"""The README's code runs as it stands, block after block; its tables are those of the records."""
 
 import re
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+from examples import readme
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_code(capsys, tmp_path, monkeypatch):
@@ -32,3 +36,19 @@ def test_code(capsys, tmp_path, monkeypatch):
     assert [int(size) for _, _, size in shown] == [64, 64 * 64, 10, 64 * 10]
     kernels = [int(kept) for path, kept, _ in shown if path.endswith("kernel")]
     assert sum(kernels) == 4736 - round(0.99 * 4736)
+
+
+def test_tables():
+    made = readme.made(ROOT / "results")
+    named = re.findall(r"<!-- ((?!end of ).*?) -->", README)
+    assert set(named) <= set(made)
+    assert len(set(named)) == len(named) >= 10
+    assert readme.filled(README, made) == README
+
+
+def test_only_what_is_between_markers_changes():
+    text = "a\n<!-- x y -->\nold\n<!-- end of x y -->\nb <!-- z -->1<!-- end of z -->"
+    new = readme.filled(text, {"x y": r"| \1 |", "absent": "?"})
+    assert new == text.replace("old", r"| \1 |")
+    with pytest.raises(ValueError, match="<!-- x y --> has no <!-- end of x y -->"):
+        readme.filled("<!-- x y -->", {"x y": ""})
