@@ -7,15 +7,45 @@ import argparse
 import re
 from pathlib import Path
 
+import numpy as np
+from tabulate import tabulate
+
 from . import ablations, search, tables
+from .figures import Records
 from .language import tables as language
+
+# What was to be reached: sparsity at a test error, in per cent.
+GOALS = {
+    "lenet300-mnist": ("LeNet-300-100, MNIST", 99.0, 1.85),
+    "lenet5-mnist": ("LeNet-5, MNIST", 99.7, 0.80),
+    "lenet5-fashion_mnist": ("LeNet-5, Fashion-MNIST", 99.7, 9.3),
+}
+SHOWN = ("default", "paper", "none")
+
+
+def glance(experiments: dict[str, Records]) -> str:
+    """A row an experiment with images: means over seeds of the main methods, and the goal."""
+    rows = []
+    for name, records in experiments.items():
+        title, *goal = GOALS[name]
+        runs = records["default"]
+        dense = np.mean([run["dense_test_error"] for run in runs])
+        cells = [f"{dense:.2f}"]
+        for method in SHOWN:
+            sparsity, wrong = np.mean(
+                [(100 * run["sparsity"], run["test_error"]) for run in records[method]], axis=0
+            )
+            cells.append(f"{sparsity:.2f} @ {wrong:.2f}")
+        rows.append([title, *cells, f"{goal[0]:.2f} @ {goal[1]:.2f}"])
+    headers = ["", "dense", "our recipe", "the paper's preset", "no regularizer", "goal"]
+    return tabulate(rows, headers, "github", disable_numparse=True)
 
 
 def made(folder: Path) -> dict[str, str]:
     """Each table by the name of its markers."""
-    found = {}
-    for experiment in ("lenet300-mnist", "lenet5-mnist", "lenet5-fashion_mnist"):
-        records = tables.read(folder, experiment)
+    images = {experiment: tables.read(folder, experiment) for experiment in GOALS}
+    found = {"images": glance(images)}
+    for experiment, records in images.items():
         found[f"{experiment} table"] = tables.table(records)
         found[f"{experiment} on the way"] = tables.on_the_way(
             records, tables.ACCURACIES[experiment]
