@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shlex
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ import tensorflow_datasets as tfds
 
 import sparsereg_jax as sj
 from examples import dialogue, translation, wmt14
-from examples.language import command, samples, sparsify, tables, write
+from examples.language import command, experiment, samples, sparsify, tables, write
+from examples.language.corpora import Pairs
 from examples.language.transformer import Transformer
 
 from .test_corpora import write_taskmaster, write_tiny
@@ -237,6 +239,11 @@ def test_kinds_of_layers_are_all():
             kind for kind, pattern in sparsify.KINDS.items() if re.fullmatch(pattern, row.path)
         ]
         assert len(kinds) == 1, (row.path, kinds)
+
+
+def test_replies_that_training_has_seen():
+    seen, asked = Pairs(["a", "b", "c"], ["x", "y", "x"]), SimpleNamespace(references=list("xzzx"))
+    assert experiment.known(SimpleNamespace(train_pairs=seen, test=asked)) == 0.5
 
 
 def test_wrong_options(tmp_path, capsys):

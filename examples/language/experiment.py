@@ -209,6 +209,12 @@ def _check(settings: Settings, corpus: Corpus) -> None:
             raise ValueError(f"{corpus.title}: there are no {name} pairs.")
 
 
+def known(experiment: Experiment) -> float:
+    """The share of test pairs whose target is that of a training pair too."""
+    targets = set(experiment.train_pairs.target)
+    return float(np.mean([target in targets for target in experiment.test.references]))
+
+
 def metric(experiment: Experiment, params: Any) -> float:
     """What steers the loop: greedy BLEU on some validation pairs, or the loss on all of them."""
     if experiment.settings.metric == "loss":
