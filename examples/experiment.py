@@ -95,7 +95,7 @@ class Experiment(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """A network before it is sparse; the records have no optimizer state."""
+    """A network before it is sparse, at three times; the records have no optimizer state."""
 
     initial: trainer.Record
     early: trainer.Record  # after the first epoch
@@ -155,7 +155,7 @@ def dense(
       overdue: asked after each epoch whether to save a checkpoint and stop.
 
     Returns:
-      The network at three times.
+      The network at three times, and how long it took.
 
     Raises:
       OutOfTime: ``overdue`` said so.

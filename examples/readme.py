@@ -20,11 +20,11 @@ GOALS = {
     "lenet5-mnist": ("LeNet-5, MNIST", 99.7, 0.80),
     "lenet5-fashion_mnist": ("LeNet-5, Fashion-MNIST", 99.7, 9.3),
 }
-SHOWN = ("default", "paper", "none")
+SHOWN = {"default": "our recipe", "paper": "the paper's preset", "none": "no regularizer"}
 
 
 def glance(experiments: dict[str, Records]) -> str:
-    """A row an experiment with images: means over seeds of the main methods, and the goal."""
+    """A row an experiment with images: sparsity @ error, means over seeds, and the goal."""
     rows = []
     for name, records in experiments.items():
         title, *goal = GOALS[name]
@@ -37,13 +37,20 @@ def glance(experiments: dict[str, Records]) -> str:
             )
             cells.append(f"{sparsity:.2f} @ {wrong:.2f}")
         rows.append([title, *cells, f"{goal[0]:.2f} @ {goal[1]:.2f}"])
-    headers = ["", "dense", "our recipe", "the paper's preset", "no regularizer", "goal"]
+    headers = ["", "dense: error", *SHOWN.values(), "goal"]
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
 def made(folder: Path) -> dict[str, str]:
-    """Each table by the name of its markers."""
+    """Each table by the name of its markers.
+
+    Raises:
+      ValueError: records of an experiment are missing, or were made with different settings.
+    """
     images = {experiment: tables.read(folder, experiment) for experiment in GOALS}
+    for experiment, records in images.items():
+        if missing := set(SHOWN) - set(records):
+            raise ValueError(f"{folder} has no records of {sorted(missing)} for {experiment}.")
     found = {"images": glance(images)}
     for experiment, records in images.items():
         found[f"{experiment} table"] = tables.table(records)
@@ -66,17 +73,19 @@ def made(folder: Path) -> dict[str, str]:
 def filled(text: str, found: dict[str, str]) -> str:
     """The text with each table between ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
 
-    Tables that were not made stay as they are, and those without markers are left out.
+    Tables without markers are left out.
 
     Raises:
-      ValueError: a marker has no end.
+      ValueError: markers of a table that was not made, or not one of each, in this order.
     """
-    for name, table in found.items():
-        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        if start in text and end not in text:
-            raise ValueError(f"the marker {start} has no {end} after it.")
-        between = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-        text = between.sub(lambda _: f"{start}\n{table}\n{end}", text)  # noqa: B023
+    for name in re.findall(r"<!-- (?:end of )?(.*?) -->", text):
+        if name not in found:
+            raise ValueError(f"<!-- {name} -->: there is no such table; there are {list(found)}.")
+        before, start, rest = text.partition(f"<!-- {name} -->")
+        within, end, after = rest.partition(f"<!-- end of {name} -->")
+        if not end or f"{name} -->" in before + within + after:
+            raise ValueError(f"<!-- {name} --> and <!-- end of {name} --> must be there once each.")
+        text = f"{before}{start}\n{found[name]}\n{end}{after}"
     return text
 
 

@@ -73,7 +73,7 @@ class Scores(NamedTuple):
     bleu: float  # of beam search
     chrf: float
     outputs: list[str]
-    seconds: float  # that it took to measure all this
+    scoring_seconds: float  # that it took to measure all this
 
 
 class Experiment(NamedTuple):

@@ -12,6 +12,7 @@ from ..methods import Method, absolute_value, penalty
 
 B1, B2 = 0.85, 0.997  # of Adam, the authors'
 GAMMAS = (1e-5, 1e-4, 1e-3)  # what the search tried
+VERSION = 2  # since the loop goes on with the dense training's order and random key
 
 
 def plain_adam(
@@ -29,23 +30,27 @@ METHODS = {
         penalty(sj.exponential_irrelevance, b1=B1, b2=B2),
         propose=lambda s, usual, n: sj.fraction_step(usual, floor=1),
         recovery=0.15,
+        version=VERSION,
     ),
     "paper": Method(
         "selective shrinkage, the paper's preset",
         (1e-5,),
         penalty(sj.exponential_irrelevance, decaying=False, b1=B1, b2=B2),
+        version=VERSION,
     ),
     "l2": Method(
         "I ≡ 1 (L2, coupled) in the preset's loop",
         GAMMAS,
         penalty(sj.constant_irrelevance, decaying=False, b1=B1, b2=B2),
+        version=VERSION,
     ),
     "l1": Method(
         "L1 (its subgradient) in the preset's loop",
         (1e-7, 1e-6),
         penalty(absolute_value, decaying=False, b1=B1, b2=B2),
+        version=VERSION,
     ),
-    "none": Method("no regularizer, in the preset's loop", (0.0,), plain_adam),
+    "none": Method("no regularizer, in the preset's loop", (0.0,), plain_adam, version=VERSION),
 }
 
 # Of two or three values each, by validation loss at 52 % sparsity (results/search/translation):

@@ -21,7 +21,7 @@ from . import experiment
 from .experiment import Experiment, Scores
 from .methods import plain_adam
 
-# Sparsities that are reported; 0, that of the first check, shows what tuning alone does.
+# Sparsities that are reported; at 0 nothing is pruned: what the tuning itself does.
 LEVELS = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 KINDS = {
     "attention": r".*attention/.*",

@@ -68,18 +68,16 @@ def read(folder: Path) -> dict[str, Records]:
 
 def by_level(records: Records) -> str:
     """Test BLEU at its sparsity: a row a method, a column a level that was reached, in Markdown."""
-    dense = _dense(records)
     levels = [level for level in LEVELS if any(_points(runs, level) for runs in records.values())]
-    rows: list[list[Any]] = [["dense", len(dense), _spread([each["bleu"] for each in dense])]]
+    rows = []
     for method, runs in records.items():
-        cells = []
+        cells = [_spread([run["dense"]["bleu"] for run in runs])]
         for level in levels:
             points = _points(runs, level)
             few = "" if len(points) in (0, len(runs)) else f" ({len(points)} runs)"
             cells.append(_spread([point["bleu"] for point in points]) + few)
         rows.append([f"{method}: {METHODS[method].title}", len(runs), *cells])
-    headers = ["BLEU", "seeds", *(f"{level:.0%}" for level in levels)]
-    rows[0] += [""] * (len(headers) - 3)
+    headers = ["BLEU", "seeds", "dense", *(f"{level:.0%}" for level in levels)]
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
