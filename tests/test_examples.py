@@ -495,8 +495,10 @@ def test_real_data(prepared_data, name, title, train):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_lenet_on_mnist(prepared_data, tmp_path):
-    (result,) = run(tmp_path, "--dataset", "mnist", "--data-dir", str(prepared_data))
+    few = ["--interval", "250", "--data-dir", str(prepared_data)]
+    (result,) = run(tmp_path, "--dataset", "mnist", *few, epochs="3")
     assert result["parameters"] == 266_610
+    assert result["checks"] == 2 * 550 // 250
     assert result["dense_test_error"] < 10
 
 
