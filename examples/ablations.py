@@ -159,7 +159,7 @@ def table(
         seeds that variants were run with, so that like is compared with like.
     """
     rows = [
-        "| changed | gamma | seeds | sparsity | validation accuracy |",
+        "| changed | number | seeds | sparsity | validation accuracy |",
         "|---|---:|---|---:|---:|",
     ]
 

@@ -86,7 +86,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
 def table(records: Records) -> str:
     """A row a method, in Markdown."""
     lines = [
-        "| method | strength | seeds | sparsity, % | test error, % | dense, % | compacted |",
+        "| method | number | seeds | sparsity, % | test error, % | dense, % | compacted |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for method, runs in records.items():
