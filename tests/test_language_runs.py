@@ -68,7 +68,7 @@ def test_cut_off_and_resumed_is_the_same(tmp_path, monkeypatch):
     path = write_pairs(tmp_path)
     method = ["--method", "default", "--accumulate", "2", "--metric", "loss", "--share", "0.1"]
     (whole,) = translate(path, tmp_path / "whole", *method)
-    looks, parts, seen = itertools.chain([1], itertools.repeat(15)), [], []
+    looks, parts, seen = itertools.chain([1], itertools.repeat(20)), [], []
     while not parts:
         monkeypatch.setattr(sparsify, "time", Clock(next(looks)))
         parts = translate(path, tmp_path / "parts", *method, "--minutes", "60", "--resume")
@@ -129,18 +129,25 @@ def test_records_and_tables(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == [each["sparse"] for each in lines]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("main", "corpus"), [(translation.main, "jupyterlab"), (dialogue.main, "chatterbot")]
+# What --quick does, with fewer pairs and epochs.
+QUICK = shlex.split(
+    "--quick --train-pairs 800 --dense-epochs 1 --loop-epochs 1 --interval 10 --share 0"
+    " --test-pairs 20 --method none"
 )
-def test_quick_runs(main, corpus, tmp_path):
-    """What --quick does, with fewer epochs."""
-    fewer = shlex.split(
-        "--dense-epochs 1 --loop-epochs 1 --interval 10 --share 0.1 --test-pairs 20"
-    )
-    (record,) = main(["--quick", *fewer, "--out", str(tmp_path), "--method", "none"])
-    assert corpus in record["data"].lower()
+
+
+@pytest.mark.slow
+def test_quick_translation(tmp_path):
+    (record,) = translation.main([*QUICK, "--out", str(tmp_path)])
+    assert "jupyterlab" in record["data"].lower()
     assert [point["level"] for point in record["points"][:2]] == [0.0, 0.5]
+
+
+@pytest.mark.slow
+def test_quick_dialogue(tmp_path):
+    assert dialogue.main([*QUICK, "--dense-only", "--out", str(tmp_path)]) == []
+    (path,) = tmp_path.glob("*-dense-width64-seed0.json")
+    assert "chatterbot" in json.loads(path.read_text())["data"]
 
 
 @pytest.mark.slow

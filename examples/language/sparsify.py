@@ -229,10 +229,6 @@ def _tuning(bench):
 
 def _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar):
     """A network trained on, its zeros kept; by epochs, as the dense one."""
-    done = _file(folder, "tuned", level)
-    if done.exists():
-        params, metadata = sj.load_sparse(done, like=dense.params)
-        return params, metadata["seconds"]
     tx, train = tuning
     params, _ = sj.load_sparse(_file(folder, "good", level), like=dense.params)
     mask = jax.tree.map(lambda leaf: leaf != 0, params)
@@ -246,10 +242,6 @@ def _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar):
         overdue,
         f"tuning at {level:g}" if progress_bar else None,
     )
-    what = {
-        "settings": bench.settings._asdict(),
-        "dialogue": bool(bench.corpus.symbols),
-        "seconds": seconds,
-    }
-    sj.save_sparse(done, record.params, metadata=what)
+    what = {"settings": bench.settings._asdict(), "dialogue": bool(bench.corpus.symbols)}
+    sj.save_sparse(_file(folder, "tuned", level), record.params, metadata=what)
     return record.params, seconds
