@@ -131,7 +131,8 @@ def test_crop_and_flip_only_shifts_and_mirrors():
     assert counts.min() > 5  # all 18 occur, 22 times each on average
 
 
-@pytest.mark.parametrize("classes", [pytest.param(10, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [10, 3])
 def test_lenet5_with_the_batch_last_is_the_same_function(classes):
     some = images(6, classes=classes)
     some.images[:, :9] = some.images[:, :, :9] = -0.4  # a margin, where all of a window is equal
