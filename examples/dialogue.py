@@ -61,6 +61,7 @@ AUTHORS = {
     "row": 768,
     "batch": 10,
     "train_pairs": None,
+    "validation_pairs": 300,
     "test_pairs": None,
     "interval": 300,
     "share": 0.97,

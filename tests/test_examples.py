@@ -194,8 +194,8 @@ def test_networks_with_convolutions(tmp_path):
     )
     right = np.mean(np.argmax(np.asarray(logits), 1) == np.arange(20) % 10)
     assert residual["test_error"] == pytest.approx(100 * (1 - right), abs=1e-3)
-    # Two rounds, each from the early weights.
-    (lottery,) = lenet5.main([*few, "--method", "lottery", "--strength", "0.5", "--epochs", "9"])
+    # Two rounds, each from the early weights and statistics.
+    (lottery,) = resnet32.main([*few, "--method", "lottery", "--strength", "0.5", "--epochs", "9"])
     assert lottery["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert residual["data"] == "cifar10"
 
