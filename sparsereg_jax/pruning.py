@@ -84,10 +84,12 @@ def mask_by_threshold(
     _check_floor(floor)
 
     def rule(paths: list[str], leaves: list[Array], keeps: Keeps) -> Keeps:
-        return [
-            _cut_below(leaf, keep, thresholds.count_of(floor), _bound(threshold, leaf))
-            for leaf, keep in zip(leaves, keeps, strict=True)
+        bounds = [_bound(threshold, leaf) for leaf in leaves]
+        plans = [
+            _plan_below(leaf, keep, thresholds.count_of(floor), bound)
+            for leaf, keep, bound in zip(leaves, keeps, bounds, strict=True)
         ]
+        return _cut(leaves, keeps, plans, [bound.dtype for bound in bounds])
 
     return _refine(params, pruning_mask, mask, rule)
 
@@ -196,7 +198,7 @@ def mask_by_fraction(
             exact_ties,
             **_amount(fraction, leaves, keeps),
         )
-        return _cut(leaves, keeps, plans)
+        return _cut(leaves, keeps, plans, [thresholds.common_dtype(leaves)] * len(leaves))
 
     return _refine(params, pruning_mask, mask, rule)
 
@@ -713,7 +715,8 @@ def _to_sparsity(
         else:
             zeros = thresholds.share_of(jnp.asarray(sparsity), thresholds.count_of(size))
         plans = _plan(some, kept, _floors([floors[i] for i in members]), exact_ties, zeros=zeros)
-        for i, keep in zip(members, _cut(some, kept, plans), strict=True):
+        dtypes = [thresholds.common_dtype(some)] * len(some)
+        for i, keep in zip(members, _cut(some, kept, plans, dtypes), strict=True):
             refined[i] = keep
     return refined
 
@@ -739,22 +742,31 @@ def _plan(
     return thresholds.plan(leaves, keeps, floors, drop, exact_ties)
 
 
-def _cut(leaves: list[Array], keeps: Keeps, plans: list[Plan]) -> Keeps:
-    """Carries out a group's plans, a program a leaf, so that leaves of one shape share one."""
-    dtype = thresholds.common_dtype(leaves)
+def _cut(leaves: list[Array], keeps: Keeps, plans: list[Plan], dtypes: list[Any]) -> Keeps:
+    """Carries out plans, a program a leaf, so that leaves of one shape share one.
+
+    Where a floor or ties cut a leaf's share it is searched alone, by a program that takes many
+    times as long to compile as a comparison: the host asks first who needs it, where it can.
+    """
+    rows = list(zip(leaves, keeps, plans, strict=True))
+    simple = _take_all(plans)
+    if isinstance(simple, jax.core.Tracer):
+        return [_cut_leaf(*row, dtype) for row, dtype in zip(rows, dtypes, strict=True)]
     return [
-        _cut_leaf(leaf, keep, plan, dtype=dtype)
-        for leaf, keep, plan in zip(leaves, keeps, plans, strict=True)
+        _cut_leaf_below(*row, dtype) if below else _cut_leaf_lowest(*row)
+        for row, dtype, below in zip(rows, dtypes, np.asarray(simple), strict=True)
     ]
 
 
-_cut_leaf = jax.jit(thresholds.cut, static_argnames="dtype")
+_cut_leaf = jax.jit(thresholds.cut, static_argnums=3)
+_cut_leaf_below = jax.jit(thresholds.cut_below, static_argnums=3)
+_cut_leaf_lowest = jax.jit(thresholds.cut_lowest)
+_plan_below = jax.jit(thresholds.plan_below)
 
 
 @jax.jit
-def _cut_below(leaf: Array, keep: Array | None, floor: Count, threshold: Array) -> Array:
-    plan = thresholds.plan_below(leaf, keep, floor, threshold)
-    return thresholds.cut(leaf, keep, plan, threshold.dtype)
+def _take_all(plans: list[Plan]) -> Array:
+    return jnp.stack([thresholds.takes_all(row) for row in plans])
 
 
 @partial(jax.jit, static_argnames=("n", "m", "axis"))

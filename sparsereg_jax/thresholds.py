@@ -328,13 +328,21 @@ def _only(key: Array, flag: Array) -> Array:
     return key | (flag.astype(key.dtype) - jnp.ones((), key.dtype))
 
 
+class Found(NamedTuple):
+    """Where a search ended; counts are arrays of one a tensor."""
+
+    threshold: Array  # scalar of the keys' dtype
+    below: Count  # how many keys lie below the threshold
+    certain: Count  # how many lie below the integer before it: the other ones are ties
+
+
 def search(
     keys: Callable[[Any], Sequence[Array]],
     arrays: Any,
     count: Count,
     bits: int,
     rooms: Sequence[Count] | None = None,
-) -> Array:
+) -> Found:
     """Finds the least integer below which at least ``count`` keys lie.
 
     Args:
@@ -346,30 +354,48 @@ def search(
       rooms: one count a tensor, the most of its keys that may count; without limit by default.
 
     Returns:
-      The threshold, a scalar of the keys' dtype; 0 if ``count`` is 0.
+      The threshold, 0 if ``count`` is 0, and each tensor's number of keys below it.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> int(search(lambda key: [key], jnp.uint32([7, 3, 3, 9]), count_of(2), bits=4))
-      4
+      >>> found = search(lambda key: [key], jnp.uint32([7, 3, 3, 9]), count_of(2), bits=4)
+      >>> int(found.threshold), int(found.below.low[0]), int(found.certain.low[0])
+      (4, 2, 0)
     """
-    dtype = jax.eval_shape(keys, arrays)[0].dtype
+    structs = jax.eval_shape(keys, arrays)
+    dtype = structs[0].dtype
     steps = jnp.arange(1, 2**_DIGIT, dtype=dtype)
+    limit = None if rooms is None else _stacked(rooms)
 
-    def enter(i: Array, floor: Array) -> Array:
+    def enter(i: Array, found: Found) -> Found:
         # The barrier keeps XLA from lifting the keys out of the loop, which would store them.
-        held, floor = lax.optimization_barrier((arrays, floor))
+        held, floor = lax.optimization_barrier((arrays, found.threshold))
         shift = jnp.maximum(bits - _DIGIT * (i + 1), 0).astype(dtype)
         pivots = floor + (steps << shift)
-        total = count_of(jnp.zeros(steps.shape, jnp.uint32))
-        for t, key in enumerate(keys(held)):
-            below = count_true([key < pivot for pivot in pivots])
-            total = add(total, below if rooms is None else minimum(below, rooms[t]))
-        digit = jnp.sum(less(total, count), dtype=jnp.uint32).astype(dtype)
-        return floor + (digit << shift)
+        below = _stacked([count_true([key < pivot for pivot in pivots]) for key in keys(held)])
+        counted = below if limit is None else minimum(below, Count(*(x[:, None] for x in limit)))
+        digit = jnp.sum(less(_total(counted), count), dtype=jnp.uint32)
+        # Counts at the floor, at the pivots and at the end; two of them bound the new interval.
+        ends = [
+            jnp.concatenate([low[:, None], middle, high[:, None]], axis=1)
+            for low, middle, high in zip(found.certain, below, found.below, strict=True)
+        ]
+        certain, above = (
+            Count(*(lax.dynamic_index_in_dim(end, at, 1, keepdims=False) for end in ends))
+            for at in (digit, digit + 1)
+        )
+        return Found(floor + (digit.astype(dtype) << shift), above, certain)
 
-    floor = lax.fori_loop(0, -(-bits // _DIGIT), enter, jnp.zeros((), dtype))
-    return jnp.where(equal(count, count_of(0)), jnp.zeros_like(floor), floor + dtype.type(1))
+    # With a pass for one bit more than there are, the last interval ends at a pivot.
+    zeros = count_of(jnp.zeros(len(structs), jnp.uint32))
+    start = Found(jnp.zeros((), dtype), zeros, zeros)
+    found = lax.fori_loop(0, -(-(bits + 1) // _DIGIT), enter, start)
+    nothing = equal(count, count_of(0))
+    return Found(
+        jnp.where(nothing, jnp.zeros_like(found.threshold), found.threshold + dtype.type(1)),
+        Count(*(jnp.where(nothing, jnp.zeros_like(limb), limb) for limb in found.below)),
+        found.certain,
+    )
 
 
 class Plan(NamedTuple):
@@ -408,29 +434,24 @@ def plan(
     dtype = common_dtype(leaves)
     remaining = [_remaining(*pair) for pair in zip(leaves, keeps, strict=True)]
     rooms = [subtract(n, floor) for n, floor in zip(remaining, floors, strict=True)]
-    goal = minimum(drop(_total(remaining)), _total(rooms))
+    goal = minimum(drop(_total(_stacked(remaining))), _total(_stacked(rooms)))
 
     def keys(arrays: Any) -> list[Array]:
         return [_key(leaf, keep, dtype) for leaf, keep in arrays]
 
     arrays = list(zip(leaves, keeps, strict=True))
-    threshold = search(keys, arrays, goal, jnp.finfo(dtype).bits - 1, rooms)
-
-    def drops(bound: Array) -> list[Plan]:
-        belows = [_scalar(count_true([key < bound])) for key in keys(arrays)]
-        return [
-            Plan(threshold, below, minimum(below, room))
-            for below, room in zip(belows, rooms, strict=True)
-        ]
-
-    plans = drops(threshold)
+    found = search(keys, arrays, goal, jnp.finfo(dtype).bits - 1, rooms)
+    room = _stacked(rooms)
+    drop_all, certain = minimum(found.below, room), minimum(found.certain, room)
+    plans = [
+        Plan(found.threshold, _at(found.below, i), _at(drop_all, i)) for i in range(len(leaves))
+    ]
     if exact_ties:
-        certain = [row.drop for row in drops(_predecessor(threshold))]
         ties = subtract(goal, _total(certain))
-        for i, (row, sure) in enumerate(zip(plans, certain, strict=True)):
-            taken = minimum(subtract(row.drop, sure), ties)
+        for i, row in enumerate(plans):
+            taken = minimum(subtract(row.drop, _at(certain, i)), ties)
             ties = subtract(ties, taken)
-            plans[i] = row._replace(drop=add(sure, taken))
+            plans[i] = row._replace(drop=add(_at(certain, i), taken))
     return plans
 
 
@@ -453,17 +474,13 @@ def plan_below(leaf: Array, keep: Array | None, floor: Count, threshold: Array) 
     infinity = magnitude(jnp.array(jnp.inf, threshold.dtype))
     takes = (positive | (bound == 0)) & (bound <= infinity)
     bound = jnp.where(takes, bound + jnp.ones_like(bound), jnp.zeros_like(bound))
-    below = _scalar(count_true([key < bound]))
+    below = _at(count_true([key < bound]), 0)
     room = subtract(_remaining(leaf, keep), floor)
     return Plan(bound, below, minimum(below, room))
 
 
 def cut(leaf: Array, keep: Array | None, row: Plan, dtype: Any) -> Array:
-    """Carries out a plan.
-
-    Where the plan takes fewer than there are below the threshold (a floor, or ties), the tensor is
-    searched alone, and entries of equal magnitude go in the order of their flat index. Otherwise
-    this is one comparison.
+    """Carries out a plan, by :func:`cut_below` or :func:`cut_lowest` as it needs.
 
     Args:
       leaf: the float array.
@@ -474,15 +491,30 @@ def cut(leaf: Array, keep: Array | None, row: Plan, dtype: Any) -> Array:
     Returns:
       The boolean array of what remains then: exactly ``row.drop`` entries fewer.
     """
-
-    def stays(gone: Array) -> Array:
-        return ~gone if keep is None else keep & ~gone
-
     return lax.cond(
-        equal(row.drop, row.below),
-        lambda: stays(_key(leaf, keep, dtype) < row.threshold),
-        lambda: stays(_lowest(leaf, keep, row.drop)),
+        takes_all(row),
+        lambda: cut_below(leaf, keep, row, dtype),
+        lambda: cut_lowest(leaf, keep, row),
     )
+
+
+def takes_all(row: Plan) -> Array:
+    """Whether a plan takes all entries below its threshold, not fewer (a floor, or ties)."""
+    return equal(row.drop, row.below)
+
+
+def cut_below(leaf: Array, keep: Array | None, row: Plan, dtype: Any) -> Array:
+    """Carries out a plan that takes all below its threshold: one comparison."""
+    return _stays(keep, _key(leaf, keep, dtype) < row.threshold)
+
+
+def cut_lowest(leaf: Array, keep: Array | None, row: Plan) -> Array:
+    """Carries out any plan: the tensor is searched alone, equal magnitudes go by flat index."""
+    return _stays(keep, _lowest(leaf, keep, row.drop))
+
+
+def _stays(keep: Array | None, gone: Array) -> Array:
+    return ~gone if keep is None else keep & ~gone
 
 
 def _lowest(leaf: Array, keep: Array | None, count: Count) -> Array:
@@ -494,8 +526,8 @@ def _lowest(leaf: Array, keep: Array | None, count: Count) -> Array:
         leaf, keep = a
         return _key(leaf, keep, dtype=None)
 
-    tie = _predecessor(search(lambda a: [key_of(a)], arrays, count, bits))
-    left = subtract(count, _scalar(count_true([key_of(arrays) < tie])))
+    found = search(lambda a: [key_of(a)], arrays, count, bits)
+    tie, left = _predecessor(found.threshold), subtract(count, _at(found.certain, 0))
     ends: list[Array] = []  # the last tie to go: its coordinates, in place of a longer flat index
 
     def tied(a: Any, ends: Sequence[Array]) -> Array:
@@ -509,9 +541,9 @@ def _lowest(leaf: Array, keep: Array | None, count: Count) -> Array:
 
     for axis, length in enumerate(leaf.shape):
         index = partial(index_of, axis=axis, ends=tuple(ends))
-        end = _predecessor(search(index, arrays, left, length.bit_length()))
-        left = subtract(left, _scalar(count_true([index(arrays)[0] < end])))
-        ends.append(end)
+        found = search(index, arrays, left, length.bit_length())
+        left = subtract(left, _at(found.certain, 0))
+        ends.append(_predecessor(found.threshold))
     marked = key_of(arrays) < tie
     for axis, end in enumerate(ends):
         marked |= index_of(arrays, axis, ends[:axis])[0] < end
@@ -523,19 +555,25 @@ def _predecessor(key: Array) -> Array:
     return key - (key > 0).astype(key.dtype)
 
 
-def _scalar(counts: Count) -> Count:
-    """The only one of an array of counts."""
-    return Count(counts.high[0], counts.low[0])
+def _at(counts: Count, i: int) -> Count:
+    """One of an array of counts."""
+    return Count(counts.high[i], counts.low[i])
+
+
+def _stacked(counts: Sequence[Count]) -> Count:
+    """Counts of one shape as one array, the first axis numbering them."""
+    return Count(jnp.stack([c.high for c in counts]), jnp.stack([c.low for c in counts]))
 
 
 def _remaining(leaf: Array, keep: Array | None) -> Count:
     """How many entries remain."""
-    return count_of(leaf.size) if keep is None else _scalar(count_true([keep]))
+    return count_of(leaf.size) if keep is None else _at(count_true([keep]), 0)
 
 
-def _total(counts: Sequence[Count]) -> Count:
-    """Adds up counts."""
-    total = count_of(0)
-    for count in counts:
-        total = add(total, count)
-    return total
+def _total(counts: Count) -> Count:
+    """Adds up an array of fewer than 2**16 counts over its first axis."""
+    low, middle, high = (
+        jnp.sum(limb, axis=0, dtype=jnp.uint32)
+        for limb in (counts.low & jnp.uint32(0xFFFF), counts.low >> jnp.uint32(16), counts.high)
+    )
+    return add(Count(high, low), Count(middle >> jnp.uint32(16), middle << jnp.uint32(16)))

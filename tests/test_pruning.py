@@ -292,7 +292,13 @@ def test_threshold_compares_bits():
 
 def test_amounts_do_not_recompile():
     params = {"a": normal(0, 11, 13), "b": normal(1, 5, 3)}
-    cores = (pruning._plan, pruning._cut_leaf, pruning._cut_below, pruning.thresholds.share_of)
+    cores = (
+        pruning._plan,
+        pruning._plan_below,
+        pruning._cut_leaf_below,
+        pruning._cut_leaf_lowest,
+        pruning.thresholds.share_of,
+    )
 
     def run(amount, floor):
         for value in (amount, jnp.float32(amount)):

@@ -178,8 +178,13 @@ def test_widened_magnitudes_are_exact(narrow, wide):
 
 
 @jax.jit
+def found_by(keys, count, rooms=None):
+    bits = jnp.iinfo(keys[0].dtype).bits - 1
+    return thresholds.search(lambda k: k, keys, count, bits, rooms)
+
+
 def threshold_of(key, count):
-    return thresholds.search(lambda k: [k], key, count, jnp.iinfo(key.dtype).bits - 1)
+    return found_by([key], count).threshold
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
@@ -196,6 +201,30 @@ def test_search_is_a_sort(dtype):
     assert int(threshold_of(alone, count_of(1))) == top + 1
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_search_counts_each_tensor(dtype):
+    rng = np.random.default_rng(6)
+    top = 2 ** (8 * np.dtype(dtype).itemsize - 1) - 1
+    keys = [rng.integers(0, 30, 40).astype(dtype), np.array([3, 3, top, top], dtype)]
+    keys.append(np.array([7, 2 * top + 1], dtype))  # all ones are no keys
+    rooms = (25, 4, 0)
+
+    def below(bound, rooms):
+        numbers = [int(np.sum(key < bound)) for key in keys]
+        return numbers if rooms is None else np.minimum(numbers, rooms).tolist()
+
+    for allowed in (None, rooms):
+        limit = None if allowed is None else [count_of(room) for room in allowed]
+        for count in range(sum(below(top + 1, allowed)) + 1):
+            found = found_by(keys, count_of(count), limit)
+            bounds = [0, *(int(key) + 1 for key in np.unique(np.concatenate(keys)))]
+            bound = next(b for b in bounds if sum(below(b, allowed)) >= count)
+            assert int(found.threshold) == bound
+            assert found.below.low.tolist() == below(bound, None)
+            assert found.certain.low.tolist() == below(max(bound, 1) - 1, None)
+            assert not np.any([found.below.high, found.certain.high])
+
+
 def test_search_of_64_bit_keys():
     with x64():
         key = np.array([2**63 - 1, 2**40, 2**40 + 1, 0], np.uint64)
@@ -207,10 +236,10 @@ def test_search_compiles_once_and_maps_over_a_batch():
     keys = np.random.default_rng(5).integers(0, 2**31, (4, 60)).astype(np.uint32)
     counts = Count(jnp.zeros(4, jnp.uint32), jnp.arange(4, dtype=jnp.uint32) * 15)
     together = jax.vmap(threshold_of)(keys, counts)
-    before = threshold_of._cache_size()
+    before = found_by._cache_size()
     alone = [int(threshold_of(key, count_of(15 * i))) for i, key in enumerate(keys)]
     assert together.tolist() == alone
-    assert threshold_of._cache_size() <= before + 1
+    assert found_by._cache_size() <= before + 1
 
 
 def walk(leaves, keeps, count, floor, exact_ties):
