@@ -150,7 +150,7 @@ def table(
     lines: list[dict[str, Any]],
     records: Sequence[dict[str, Any]],
 ) -> str:
-    """A row a variant and gamma, in Markdown: means over its seeds, in per cent.
+    """A row a variant and gamma, in Markdown: means over its seeds (deviations), in per cent.
 
     Args:
       variants: by name.
@@ -164,7 +164,7 @@ def table(
     ]
 
     def row(title, gamma, seeds, sparsity, accuracy):
-        numbers = (_pm([100 * value for value in values]) for values in (sparsity, accuracy))
+        numbers = (_mean([100 * value for value in values]) for values in (sparsity, accuracy))
         shown = ", ".join(map(str, seeds))
         rows.append(f"| {title} | {gamma:g} | {shown} | {' | '.join(numbers)} |")
 
@@ -189,8 +189,8 @@ def table(
     return "\n".join(rows)
 
 
-def _pm(values: list[float]) -> str:
-    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+def _mean(values: list[float]) -> str:
+    spread = f" ({np.std(values, ddof=1):.2f})" if len(values) > 1 else ""
     return f"{np.mean(values):.2f}{spread}"
 
 

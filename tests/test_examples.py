@@ -263,15 +263,15 @@ def test_ablations_change_one_thing():
     ]
     rows = ablations.table(ablations.LENET300, lines, []).splitlines()[2:]
     assert len(rows) == len(found)
-    assert rows[0] == "| gamma | 0.0003 | 1, 2 | 50.00 ± 0.00 | 37.50 ± 17.68 |"
+    assert rows[0] == "| gamma | 0.0003 | 1, 2 | 50.00 (0.00) | 37.50 (17.68) |"
     # The default itself: with all its seeds, and with those that the variants have.
     known = [
         {"seed": i, "strength": 1e-3, "sparsity": 0.9, "validation_accuracy": i} for i in range(4)
     ]
     rows = ablations.table(ablations.LENET300, lines, known).splitlines()[2:]
     assert rows[:2] == [
-        "| nothing | 0.001 | 0, 1, 2, 3 | 90.00 ± 0.00 | 150.00 ± 129.10 |",
-        "| nothing | 0.001 | 1, 2 | 90.00 ± 0.00 | 150.00 ± 70.71 |",
+        "| nothing | 0.001 | 0, 1, 2, 3 | 90.00 (0.00) | 150.00 (129.10) |",
+        "| nothing | 0.001 | 1, 2 | 90.00 (0.00) | 150.00 (70.71) |",
     ]
     assert len(rows) == 2 + len(found)
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import shlex
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -246,8 +245,8 @@ def test_kinds_of_layers_are_all():
 
 
 def test_replies_that_training_has_seen():
-    seen, asked = Pairs(["a", "b", "c"], ["x", "y", "x"]), SimpleNamespace(references=list("xzzx"))
-    assert experiment.known(SimpleNamespace(train_pairs=seen, test=asked)) == 0.5
+    seen, asked = Pairs(["a", "b", "c"], ["x", "y", "x"]), Pairs(["d"] * 4, list("xzzx"))
+    assert experiment.known(seen, asked) == 0.5
 
 
 def test_wrong_options(tmp_path, capsys):

@@ -103,7 +103,7 @@ def run(
         "digest": bench.digest,
         "split": bench.corpus.note,
         "pairs": [len(bench.train_pairs.source), len(bench.test.references)],
-        "known_targets": experiment.known(bench),
+        "known_targets": bench.known,
         "padding": list(bench.train.padding()),
         "tokens": bench.tokenizer.vocab_size(),
         "parameters": done.parameters,
@@ -243,7 +243,7 @@ def main(
     console.print(
         f"{bench.corpus.title}: {bench.corpus.note}. {len(bench.train_pairs.source)} training"
         f" pairs in {len(bench.train.source)} rows, padding {source:.1%} and {target:.1%};"
-        f" {experiment.known(bench):.1%} of the test targets are also among those of training."
+        f" {bench.known:.1%} of the test targets are also among those of training."
     )
     records: list[dict[str, Any]] = []
     failed = False

@@ -94,6 +94,7 @@ class Experiment(NamedTuple):
     loss: Callable[[Any, Tokens], float]  # of params, nats a token
     greedy: Callable[[Any, jax.Array], jax.Array]
     search: Callable[[Any, jax.Array], jax.Array]  # beam search
+    known: float  # see :func:`known`
 
 
 # The tokenization nearest to that of the paper's figures.
@@ -154,6 +155,7 @@ def load(settings: Settings, corpus: Corpus) -> Experiment:
         _loss(model),
         decoding.greedy(model, settings.target_length),
         search(settings, model),
+        known(train_pairs, test_pairs),
     )
 
 
@@ -209,10 +211,10 @@ def _check(settings: Settings, corpus: Corpus) -> None:
             raise ValueError(f"{corpus.title}: there are no {name} pairs.")
 
 
-def known(experiment: Experiment) -> float:
+def known(train: Pairs, test: Pairs) -> float:
     """The share of test pairs whose target is that of a training pair too."""
-    targets = set(experiment.train_pairs.target)
-    return float(np.mean([target in targets for target in experiment.test.references]))
+    targets = set(train.target)
+    return float(np.mean([target in targets for target in test.target]))
 
 
 def metric(experiment: Experiment, params: Any) -> float:

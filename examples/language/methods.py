@@ -38,6 +38,12 @@ METHODS = {
         penalty(sj.exponential_irrelevance, decaying=False, b1=B1, b2=B2),
         version=VERSION,
     ),
+    "gate": Method(
+        "the same, gamma chosen",
+        GAMMAS,
+        penalty(sj.exponential_irrelevance, decaying=False, b1=B1, b2=B2),
+        version=VERSION,
+    ),
     "l2": Method(
         "I ≡ 1 (L2, coupled) in the preset's loop",
         GAMMAS,
@@ -55,4 +61,4 @@ METHODS = {
 
 # Of two or three values each, by validation loss at 52 % sparsity (results/search/translation):
 # they differ by 0.01 at most.
-STRENGTHS = {"default": 1e-4, "paper": 1e-5, "l2": 1e-5, "l1": 1e-6, "none": 0.0}
+STRENGTHS = {"default": 1e-4, "paper": 1e-5, "gate": 1e-4, "l2": 1e-5, "l1": 1e-6, "none": 0.0}
