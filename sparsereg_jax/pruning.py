@@ -5,12 +5,13 @@ is kept. Every rule takes the mask of what remains now and returns a refinement 
 is out never comes back, whatever its weight. Leaves that a rule does not select keep the mask they
 have; leaves that hold no floats have the scalar True.
 
-Amounts (threshold, sparsity, fraction) may be traced, and changing them never recompiles. The exact
-rules find their threshold by counting (see :mod:`sparsereg_jax.thresholds`) and order entries by
-magnitude with +0 = -0, NaN above Inf and subnormals told apart. With ``floor`` no tensor is left
-with fewer entries than that, or than it had. Ties with the threshold are all dropped, at least the
-number asked for; with ``exact_ties`` that number is met exactly, and equal entries go by leaf and
-flat index, lowest first. Where a floor cuts a tensor's share, ties there are always met exactly.
+Amounts (threshold, sparsity, fraction) may be traced, and changing them does not recompile, but
+for the first time that floors or ties cut the share of a leaf outside ``jit``. The exact rules find
+their threshold by counting (see :mod:`sparsereg_jax.thresholds`) and order entries by magnitude
+with +0 = -0, NaN above Inf and subnormals told apart. With ``floor`` no tensor is left with fewer
+entries than that, or than it had. Ties with the threshold are all dropped, at least the number
+asked for; with ``exact_ties`` that number is met exactly, and equal entries go by leaf and flat
+index, lowest first. Where a floor cuts a tensor's share, ties there are always met exactly.
 """
 
 import itertools
@@ -84,12 +85,12 @@ def mask_by_threshold(
     _check_floor(floor)
 
     def rule(paths: list[str], leaves: list[Array], keeps: Keeps) -> Keeps:
-        bounds = [_bound(threshold, leaf) for leaf in leaves]
-        plans = [
-            _plan_below(leaf, keep, thresholds.count_of(floor), bound)
-            for leaf, keep, bound in zip(leaves, keeps, bounds, strict=True)
-        ]
-        return _cut(leaves, keeps, plans, [bound.dtype for bound in bounds])
+        def cut(leaf: Array, keep: Array | None) -> Array | None:
+            bound = _bound(threshold, leaf)
+            plan = _plan_below(leaf, keep, thresholds.counts_of([floor]), bound)
+            return _cut([leaf], [keep], plan, bound.dtype)[0]
+
+        return [cut(*row) for row in zip(leaves, keeps, strict=True)]
 
     return _refine(params, pruning_mask, mask, rule)
 
@@ -191,14 +192,9 @@ def mask_by_fraction(
     _check_floor(floor)
 
     def rule(paths: list[str], leaves: list[Array], keeps: Keeps) -> Keeps:
-        plans = _plan(
-            leaves,
-            keeps,
-            _floors([floor] * len(leaves)),
-            exact_ties,
-            **_amount(fraction, leaves, keeps),
-        )
-        return _cut(leaves, keeps, plans, [thresholds.common_dtype(leaves)] * len(leaves))
+        amount = _amount(fraction, leaves, keeps)
+        plan = _plan(leaves, keeps, [floor] * len(leaves), exact_ties, *amount)
+        return _cut(leaves, keeps, plan, thresholds.common_dtype(leaves))
 
     return _refine(params, pruning_mask, mask, rule)
 
@@ -714,59 +710,60 @@ def _to_sparsity(
             zeros = thresholds.count_of(round(sparsity * size))
         else:
             zeros = thresholds.share_of(jnp.asarray(sparsity), thresholds.count_of(size))
-        plans = _plan(some, kept, _floors([floors[i] for i in members]), exact_ties, zeros=zeros)
-        dtypes = [thresholds.common_dtype(some)] * len(some)
-        for i, keep in zip(members, _cut(some, kept, plans, dtypes), strict=True):
+        plan = _plan(some, kept, [floors[i] for i in members], exact_ties, zeros, None)
+        cut = _cut(some, kept, plan, thresholds.common_dtype(some))
+        for i, keep in zip(members, cut, strict=True):
             refined[i] = keep
     return refined
 
 
-@partial(jax.jit, static_argnames="exact_ties")
 def _plan(
     leaves: list[Array],
     keeps: Keeps,
-    floors: list[Count],
+    floors: list[int],
     exact_ties: bool,
-    *,
-    zeros: Count | None = None,
-    fraction: Array | Count | None = None,
-) -> list[Plan]:
+    zeros: Count | None,
+    fraction: Array | Count | None,
+) -> Plan:
     """Plans for one group: ``zeros`` entries out in all, or a ``fraction`` of what remains."""
+    remaining = thresholds.numbers_left(leaves, keeps)
     size = thresholds.count_of(sum(leaf.size for leaf in leaves))
-
-    def drop(remaining: Count) -> Count:
-        if zeros is None:
-            return thresholds.share_of(fraction, remaining)
-        return thresholds.subtract(thresholds.add(zeros, remaining), size)
-
-    return thresholds.plan(leaves, keeps, floors, drop, exact_ties)
+    drop = _drop(remaining, size, zeros, fraction)
+    return thresholds.plan(leaves, keeps, remaining, thresholds.counts_of(floors), drop, exact_ties)
 
 
-def _cut(leaves: list[Array], keeps: Keeps, plans: list[Plan], dtypes: list[Any]) -> Keeps:
-    """Carries out plans, a program a leaf, so that leaves of one shape share one.
+@jax.jit
+def _drop(
+    remaining: Count, size: Count, zeros: Count | None, fraction: Array | Count | None
+) -> Count:
+    left = thresholds.total(remaining)
+    if zeros is None:
+        return thresholds.share_of(fraction, left)
+    return thresholds.subtract(thresholds.add(zeros, left), size)
+
+
+def _cut(leaves: list[Array], keeps: Keeps, plan: Plan, dtype: Any) -> Keeps:
+    """Carries out a plan, a program a leaf, so that leaves of one shape share one.
 
     Where a floor or ties cut a leaf's share it is searched alone, by a program that takes many
     times as long to compile as a comparison: the host asks first who needs it, where it can.
     """
-    rows = list(zip(leaves, keeps, plans, strict=True))
-    simple = _take_all(plans)
+    rows = list(zip(leaves, keeps, strict=True))
+    simple = thresholds.takes_all(plan)
     if isinstance(simple, jax.core.Tracer):
-        return [_cut_leaf(*row, dtype) for row, dtype in zip(rows, dtypes, strict=True)]
+        return [_cut_leaf(*row, plan, i, dtype) for i, row in enumerate(rows)]
     return [
-        _cut_leaf_below(*row, dtype) if below else _cut_leaf_lowest(*row)
-        for row, dtype, below in zip(rows, dtypes, np.asarray(simple), strict=True)
+        _cut_leaf_below(*row, plan.threshold, dtype)
+        if below
+        else _cut_leaf_lowest(*row, plan.drop, i)
+        for i, (row, below) in enumerate(zip(rows, np.asarray(simple), strict=True))
     ]
 
 
-_cut_leaf = jax.jit(thresholds.cut, static_argnums=3)
+_cut_leaf = jax.jit(thresholds.cut, static_argnums=4)
 _cut_leaf_below = jax.jit(thresholds.cut_below, static_argnums=3)
 _cut_leaf_lowest = jax.jit(thresholds.cut_lowest)
 _plan_below = jax.jit(thresholds.plan_below)
-
-
-@jax.jit
-def _take_all(plans: list[Plan]) -> Array:
-    return jnp.stack([thresholds.takes_all(row) for row in plans])
 
 
 @partial(jax.jit, static_argnames=("n", "m", "axis"))
@@ -894,14 +891,9 @@ def _mask_shape(leaf: Any) -> tuple[int, ...]:
     return jnp.shape(leaf) if is_mask or is_float(leaf) else ()
 
 
-@jax.jit
 def _kept(masks: Sequence[Array]) -> Count:
     """Counts the true entries of several masks."""
-    total = thresholds.count_of(0)
-    for keep in masks:
-        counts = thresholds.count_true([jnp.asarray(keep)])
-        total = thresholds.add(total, Count(counts.high[0], counts.low[0]))
-    return total
+    return thresholds.total(thresholds.numbers_left(masks, masks))
 
 
 def _ratio(part: Count, whole: Count, of_nothing: float) -> Array:
@@ -919,20 +911,18 @@ def _bound(threshold: float | Array, leaf: Array) -> Array:
     return jnp.asarray(threshold).astype(dtype)
 
 
-def _amount(fraction: float | Array, leaves: list[Array], keeps: Keeps) -> dict[str, Array | Count]:
+def _amount(
+    fraction: float | Array, leaves: list[Array], keeps: Keeps
+) -> tuple[Count | None, Array | Count | None]:
     """A fraction of what remains, as the number of entries to be out where the host can know it."""
     if not isinstance(fraction, int | float):
-        return {"fraction": jnp.asarray(fraction)}
+        return None, jnp.asarray(fraction)
     if any(isinstance(array, jax.core.Tracer) for array in (*leaves, *keeps)):
-        return {"fraction": thresholds.fixed_point(fraction)}
+        return None, thresholds.fixed_point(fraction)
     remaining = sum(leaf.size for leaf, keep in zip(leaves, keeps, strict=True) if keep is None)
     remaining += count_kept([keep for keep in keeps if keep is not None])
     size = sum(leaf.size for leaf in leaves)
-    return {"zeros": thresholds.count_of(size - remaining + round(fraction * remaining))}
-
-
-def _floors(floors: list[int]) -> list[Count]:
-    return [thresholds.count_of(floor) for floor in floors]
+    return thresholds.count_of(size - remaining + round(fraction * remaining)), None
 
 
 def _labels(scope: Scope, params: PyTree, paths: list[str]) -> list[str]:

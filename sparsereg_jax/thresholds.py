@@ -52,6 +52,12 @@ def count_of(number: int | Array) -> Count:
     return Count(high.astype(jnp.uint32), number.astype(jnp.uint32))
 
 
+def counts_of(numbers: Sequence[int]) -> Count:
+    """Makes an array of counts of Python ints below ``2**64``."""
+    limbs = ([n >> 32 for n in numbers], [n & 0xFFFFFFFF for n in numbers])
+    return Count(*(jnp.asarray(np.array(limb, np.uint32)) for limb in limbs))
+
+
 def to_int(count: Count) -> int:
     """Reads a concrete scalar count on the host.
 
@@ -250,6 +256,24 @@ def count_true(flags: Sequence[Array]) -> Count:
     )
 
 
+def numbers_left(leaves: Sequence[Array], keeps: Sequence[Array | None]) -> Count:
+    """Counts the entries of each tensor that remain: all of them where ``keep`` is None."""
+    if all(keep is None for keep in keeps):
+        return counts_of([leaf.size for leaf in leaves])
+    return _stacked(
+        [
+            count_of(leaf.size) if keep is None else number_true(keep)
+            for leaf, keep in zip(leaves, keeps, strict=True)
+        ]
+    )
+
+
+@jax.jit
+def number_true(flag: Array) -> Count:
+    """Counts the true entries of one boolean array."""
+    return _at(count_true([flag]), 0)
+
+
 def _joint_sums(flags: Sequence[Array], axes: tuple[int, ...]) -> Array:
     """Sums each array over ``axes`` by one reduction of all."""
     alone = len(flags) == 1
@@ -337,69 +361,102 @@ class Found(NamedTuple):
 
 
 def search(
-    keys: Callable[[Any], Sequence[Array]],
-    arrays: Any,
+    below: Callable[[Any, Array], Sequence[Count]],
+    tensors: int,
     count: Count,
     bits: int,
-    rooms: Sequence[Count] | None = None,
+    dtype: Any,
+    rooms: Count | None = None,
+    loop: Callable[..., Any] = lax.fori_loop,
 ) -> Found:
     """Finds the least integer below which at least ``count`` keys lie.
 
     Args:
-      keys: makes the tensors' keys, unsigned integers, out of ``arrays``; called within each pass,
-        so that keys are never stored. All ones stand for "no key".
-      arrays: a tree of what the keys are made of.
+      below: from the number of a pass and the floor that it begins with to each tensor's keys below
+        the pivots, by :func:`count_below`. All ones stand for "no key".
+      tensors: how many.
       count: a scalar count, at most the number of keys (of those that have room).
       bits: keys are below ``2**bits``, less than the width of their dtype.
-      rooms: one count a tensor, the most of its keys that may count; without limit by default.
+      dtype: that of the keys, unsigned.
+      rooms: an array of one count a tensor, the most of its keys that may count; without limit by
+        default.
+      loop: ``fori_loop``, or what does the same by calling each pass from the host.
 
     Returns:
       The threshold, 0 if ``count`` is 0, and each tensor's number of keys below it.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> found = search(lambda key: [key], jnp.uint32([7, 3, 3, 9]), count_of(2), bits=4)
+      >>> key = jnp.uint32([7, 3, 3, 9])
+      >>> below = lambda i, floor: [count_below(key, i, floor, bits=4)]
+      >>> found = search(below, 1, count_of(2), bits=4, dtype=key.dtype)
       >>> int(found.threshold), int(found.below.low[0]), int(found.certain.low[0])
       (4, 2, 0)
     """
-    structs = jax.eval_shape(keys, arrays)
-    dtype = structs[0].dtype
-    steps = jnp.arange(1, 2**_DIGIT, dtype=dtype)
-    limit = None if rooms is None else _stacked(rooms)
 
     def enter(i: Array, found: Found) -> Found:
-        # The barrier keeps XLA from lifting the keys out of the loop, which would store them.
-        held, floor = lax.optimization_barrier((arrays, found.threshold))
-        shift = jnp.maximum(bits - _DIGIT * (i + 1), 0).astype(dtype)
-        pivots = floor + (steps << shift)
-        below = _stacked([count_true([key < pivot for pivot in pivots]) for key in keys(held)])
-        counted = below if limit is None else minimum(below, Count(*(x[:, None] for x in limit)))
-        digit = jnp.sum(less(_total(counted), count), dtype=jnp.uint32)
-        # Counts at the floor, at the pivots and at the end; two of them bound the new interval.
-        ends = [
-            jnp.concatenate([low[:, None], middle, high[:, None]], axis=1)
-            for low, middle, high in zip(found.certain, below, found.below, strict=True)
-        ]
-        certain, above = (
-            Count(*(lax.dynamic_index_in_dim(end, at, 1, keepdims=False) for end in ends))
-            for at in (digit, digit + 1)
-        )
-        return Found(floor + (digit.astype(dtype) << shift), above, certain)
+        return _enter(i, found, below(i, found.threshold), count, rooms, bits)
 
-    # With a pass for one bit more than there are, the last interval ends at a pivot.
-    zeros = count_of(jnp.zeros(len(structs), jnp.uint32))
+    zeros = count_of(jnp.zeros(tensors, jnp.uint32))
     start = Found(jnp.zeros((), dtype), zeros, zeros)
-    found = lax.fori_loop(0, -(-(bits + 1) // _DIGIT), enter, start)
-    nothing = equal(count, count_of(0))
+    # With a pass for one bit more than there are, the last interval ends at a pivot.
+    return _closed(loop(0, -(-(bits + 1) // _DIGIT), enter, start), count)
+
+
+def count_below(key: Array, i: Any, floor: Array, bits: int) -> Count:
+    """Counts a tensor's keys below the pivots of a pass of :func:`search`.
+
+    Args:
+      key: unsigned integers.
+      i: the number of the pass.
+      floor: the floor that it begins with.
+      bits: those of the search.
+
+    Returns:
+      A count of shape ``[7]``.
+    """
+    steps = jnp.arange(1, 2**_DIGIT, dtype=key.dtype)
+    return count_true([key < pivot for pivot in floor + (steps << _shift(i, bits, key.dtype))])
+
+
+def _shift(i: Any, bits: int, dtype: Any) -> Array:
+    return jnp.maximum(bits - _DIGIT * (i + 1), 0).astype(dtype)
+
+
+@partial(jax.jit, static_argnames="bits")
+def _enter(
+    i: Any, found: Found, below: Sequence[Count], count: Count, rooms: Count | None, bits: int
+) -> Found:
+    """Goes into the interval between two pivots that the count lies in."""
+    counts = _stacked(below)
+    counted = counts if rooms is None else minimum(counts, Count(*(x[:, None] for x in rooms)))
+    digit = jnp.sum(less(total(counted), count), dtype=jnp.uint32)
+    # Counts at the floor, at the pivots and at the end; two of them bound the new interval.
+    ends = [
+        jnp.concatenate([low[:, None], middle, high[:, None]], axis=1)
+        for low, middle, high in zip(found.certain, counts, found.below, strict=True)
+    ]
+    certain, above = (
+        Count(*(lax.dynamic_index_in_dim(end, at, 1, keepdims=False) for end in ends))
+        for at in (digit, digit + 1)
+    )
+    dtype = found.threshold.dtype
+    return Found(found.threshold + (digit.astype(dtype) << _shift(i, bits, dtype)), above, certain)
+
+
+@jax.jit
+def _closed(found: Found, count: Count) -> Found:
+    """The threshold is the first integer above the floor, and nothing lies below one of 0."""
+    floor, nothing = found.threshold, equal(count, count_of(0))
     return Found(
-        jnp.where(nothing, jnp.zeros_like(found.threshold), found.threshold + dtype.type(1)),
+        jnp.where(nothing, jnp.zeros_like(floor), floor + floor.dtype.type(1)),
         Count(*(jnp.where(nothing, jnp.zeros_like(limb), limb) for limb in found.below)),
         found.certain,
     )
 
 
 class Plan(NamedTuple):
-    """What is to go from one tensor."""
+    """What is to go from several tensors; counts are arrays of one a tensor."""
 
     threshold: Array  # scalar key: entries below it go, unless that is more than `drop`
     below: Count  # how many remaining entries are below it
@@ -409,50 +466,81 @@ class Plan(NamedTuple):
 def plan(
     leaves: Sequence[Array],
     keeps: Sequence[Array | None],
-    floors: Sequence[Count],
-    drop: Callable[[Count], Count],
+    remaining: Count,
+    floors: Count,
+    drop: Count,
     exact_ties: bool,
-) -> list[Plan]:
+) -> Plan:
     """Decides how many of the smallest magnitudes go from each of several tensors.
 
     With C(t) the sum over the tensors of ``min(entries below t, remaining - floor)``, the common
     threshold is the least t with C(t) >= the number to drop, so that a tensor at its floor leaves
     the rest to the others.
 
+    A pass over one tensor compiles for a fifth of a second and more. On concrete arrays each is
+    called from the host, so that tensors of one shape share a program; traced, all are one.
+
     Args:
       leaves: float arrays, of any dtypes.
       keeps: for each the boolean array of what remains, or None for everything.
+      remaining: for each the number of entries that remain, by :func:`numbers_left`.
       floors: for each the least number of entries that stay.
-      drop: from the number of remaining entries to the number to drop; cut to what the floors
-        allow.
+      drop: the number to drop; cut to what the floors allow.
       exact_ties: drop no more than that number of entries tied at the threshold, the first
         tensors' first; otherwise all of them.
 
     Returns:
-      One plan a tensor, for :func:`cut`.
+      The plan, for :func:`cut`.
     """
     dtype = common_dtype(leaves)
-    remaining = [_remaining(*pair) for pair in zip(leaves, keeps, strict=True)]
-    rooms = [subtract(n, floor) for n, floor in zip(remaining, floors, strict=True)]
-    goal = minimum(drop(_total(_stacked(remaining))), _total(_stacked(rooms)))
+    bits = jnp.finfo(dtype).bits
+    rooms, goal = _rooms(remaining, floors, drop)
 
-    def keys(arrays: Any) -> list[Array]:
-        return [_key(leaf, keep, dtype) for leaf, keep in arrays]
+    def below(i: Any, floor: Array) -> list[Count]:
+        return [
+            _leaf_below(leaf, keep, i, floor, dtype)
+            for leaf, keep in zip(leaves, keeps, strict=True)
+        ]
 
-    arrays = list(zip(leaves, keeps, strict=True))
-    found = search(keys, arrays, goal, jnp.finfo(dtype).bits - 1, rooms)
-    room = _stacked(rooms)
-    drop_all, certain = minimum(found.below, room), minimum(found.certain, room)
-    plans = [
-        Plan(found.threshold, _at(found.below, i), _at(drop_all, i)) for i in range(len(leaves))
-    ]
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((leaves, keeps, goal)))
+    loop = lax.fori_loop if traced else _loop_on_the_host
+    found = search(below, len(leaves), goal, bits - 1, f"uint{bits}", rooms, loop)
+    return _planned(found, rooms, goal, exact_ties)
+
+
+def _loop_on_the_host(lower: int, upper: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
+    for i in range(lower, upper):
+        state = body(i, state)
+    return state
+
+
+@jax.jit
+def _rooms(remaining: Count, floors: Count, drop: Count) -> tuple[Count, Count]:
+    """How many entries may go from each tensor, and how many are to go in all."""
+    rooms = subtract(remaining, floors)
+    return rooms, minimum(drop, total(rooms))
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _leaf_below(leaf: Array, keep: Array | None, i: Any, floor: Array, dtype: Any) -> Count:
+    # The barrier keeps XLA from lifting the keys out of the loop, which would store them.
+    leaf, keep, floor = lax.optimization_barrier((leaf, keep, floor))
+    return count_below(_key(leaf, keep, dtype), i, floor, jnp.finfo(dtype).bits - 1)
+
+
+@partial(jax.jit, static_argnames="exact_ties")
+def _planned(found: Found, rooms: Count, goal: Count, exact_ties: bool) -> Plan:
+    drop = minimum(found.below, rooms)
     if exact_ties:
-        ties = subtract(goal, _total(certain))
-        for i, row in enumerate(plans):
-            taken = minimum(subtract(row.drop, _at(certain, i)), ties)
-            ties = subtract(ties, taken)
-            plans[i] = row._replace(drop=add(_at(certain, i), taken))
-    return plans
+        certain = minimum(found.certain, rooms)
+
+        def share(ties: Count, tied: Count) -> tuple[Count, Count]:
+            taken = minimum(tied, ties)
+            return subtract(ties, taken), taken
+
+        _, taken = lax.scan(share, subtract(goal, total(certain)), subtract(drop, certain))
+        drop = add(certain, taken)
+    return Plan(found.threshold, found.below, drop)
 
 
 def plan_below(leaf: Array, keep: Array | None, floor: Count, threshold: Array) -> Plan:
@@ -474,43 +562,44 @@ def plan_below(leaf: Array, keep: Array | None, floor: Count, threshold: Array) 
     infinity = magnitude(jnp.array(jnp.inf, threshold.dtype))
     takes = (positive | (bound == 0)) & (bound <= infinity)
     bound = jnp.where(takes, bound + jnp.ones_like(bound), jnp.zeros_like(bound))
-    below = _at(count_true([key < bound]), 0)
-    room = subtract(_remaining(leaf, keep), floor)
-    return Plan(bound, below, minimum(below, room))
+    below = count_true([key < bound])
+    return Plan(bound, below, minimum(below, subtract(numbers_left([leaf], [keep]), floor)))
 
 
-def cut(leaf: Array, keep: Array | None, row: Plan, dtype: Any) -> Array:
-    """Carries out a plan, by :func:`cut_below` or :func:`cut_lowest` as it needs.
+def cut(leaf: Array, keep: Array | None, row: Plan, i: Any, dtype: Any) -> Array:
+    """Carries out a plan for one tensor, by :func:`cut_below` or :func:`cut_lowest` as it needs.
 
     Args:
       leaf: the float array.
       keep: the boolean array of what remains, or None for everything.
-      row: the tensor's plan.
+      row: the plan.
+      i: the tensor's number in it.
       dtype: the float dtype that the plan was made in.
 
     Returns:
-      The boolean array of what remains then: exactly ``row.drop`` entries fewer.
+      The boolean array of what remains then: exactly ``row.drop[i]`` entries fewer.
     """
     return lax.cond(
-        takes_all(row),
-        lambda: cut_below(leaf, keep, row, dtype),
-        lambda: cut_lowest(leaf, keep, row),
+        takes_all(row)[i],
+        lambda: cut_below(leaf, keep, row.threshold, dtype),
+        lambda: cut_lowest(leaf, keep, row.drop, i),
     )
 
 
+@jax.jit
 def takes_all(row: Plan) -> Array:
-    """Whether a plan takes all entries below its threshold, not fewer (a floor, or ties)."""
+    """Whether all entries below the threshold go from a tensor, not fewer (a floor, or ties)."""
     return equal(row.drop, row.below)
 
 
-def cut_below(leaf: Array, keep: Array | None, row: Plan, dtype: Any) -> Array:
+def cut_below(leaf: Array, keep: Array | None, threshold: Array, dtype: Any) -> Array:
     """Carries out a plan that takes all below its threshold: one comparison."""
-    return _stays(keep, _key(leaf, keep, dtype) < row.threshold)
+    return _stays(keep, _key(leaf, keep, dtype) < threshold)
 
 
-def cut_lowest(leaf: Array, keep: Array | None, row: Plan) -> Array:
+def cut_lowest(leaf: Array, keep: Array | None, drop: Count, i: Any) -> Array:
     """Carries out any plan: the tensor is searched alone, equal magnitudes go by flat index."""
-    return _stays(keep, _lowest(leaf, keep, row.drop))
+    return _stays(keep, _lowest(leaf, keep, _at(drop, i)))
 
 
 def _stays(keep: Array | None, gone: Array) -> Array:
@@ -520,14 +609,21 @@ def _stays(keep: Array | None, gone: Array) -> Array:
 def _lowest(leaf: Array, keep: Array | None, count: Count) -> Array:
     """Marks the ``count`` remaining entries of least magnitude, by flat index among equals."""
     arrays = (leaf, keep)
-    bits = jnp.finfo(leaf.dtype).bits - 1
 
     def key_of(a: Any) -> Array:
         leaf, keep = a
         return _key(leaf, keep, dtype=None)
 
-    found = search(lambda a: [key_of(a)], arrays, count, bits)
-    tie, left = _predecessor(found.threshold), subtract(count, _at(found.certain, 0))
+    def found(key_of: Callable[[Any], Array], count: Count, bits: int) -> Found:
+        def below(i: Any, floor: Array) -> list[Count]:
+            held, floor = lax.optimization_barrier((arrays, floor))
+            return [count_below(key_of(held), i, floor, bits)]
+
+        dtype = jax.eval_shape(key_of, arrays).dtype
+        return search(below, 1, count, bits, dtype)
+
+    last = found(key_of, count, jnp.finfo(leaf.dtype).bits - 1)
+    tie, left = _predecessor(last.threshold), subtract(count, _at(last.certain, 0))
     ends: list[Array] = []  # the last tie to go: its coordinates, in place of a longer flat index
 
     def tied(a: Any, ends: Sequence[Array]) -> Array:
@@ -536,17 +632,17 @@ def _lowest(leaf: Array, keep: Array | None, count: Count) -> Array:
             flag &= lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) == end
         return flag
 
-    def index_of(a: Any, axis: int, ends: Sequence[Array]) -> list[Array]:
-        return [_only(lax.broadcasted_iota(jnp.uint32, leaf.shape, axis), tied(a, ends))]
+    def index_of(a: Any, axis: int, ends: Sequence[Array]) -> Array:
+        return _only(lax.broadcasted_iota(jnp.uint32, leaf.shape, axis), tied(a, ends))
 
     for axis, length in enumerate(leaf.shape):
         index = partial(index_of, axis=axis, ends=tuple(ends))
-        found = search(index, arrays, left, length.bit_length())
-        left = subtract(left, _at(found.certain, 0))
-        ends.append(_predecessor(found.threshold))
+        last = found(index, left, length.bit_length())
+        left = subtract(left, _at(last.certain, 0))
+        ends.append(_predecessor(last.threshold))
     marked = key_of(arrays) < tie
     for axis, end in enumerate(ends):
-        marked |= index_of(arrays, axis, ends[:axis])[0] < end
+        marked |= index_of(arrays, axis, ends[:axis]) < end
     return marked | (tied(arrays, ends) & less(count_of(0), left))
 
 
@@ -555,22 +651,19 @@ def _predecessor(key: Array) -> Array:
     return key - (key > 0).astype(key.dtype)
 
 
-def _at(counts: Count, i: int) -> Count:
+def _at(counts: Count, i: Any) -> Count:
     """One of an array of counts."""
     return Count(counts.high[i], counts.low[i])
 
 
+@jax.jit
 def _stacked(counts: Sequence[Count]) -> Count:
     """Counts of one shape as one array, the first axis numbering them."""
     return Count(jnp.stack([c.high for c in counts]), jnp.stack([c.low for c in counts]))
 
 
-def _remaining(leaf: Array, keep: Array | None) -> Count:
-    """How many entries remain."""
-    return count_of(leaf.size) if keep is None else _at(count_true([keep]), 0)
-
-
-def _total(counts: Count) -> Count:
+@jax.jit
+def total(counts: Count) -> Count:
     """Adds up an array of fewer than 2**16 counts over its first axis."""
     low, middle, high = (
         jnp.sum(limb, axis=0, dtype=jnp.uint32)

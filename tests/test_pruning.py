@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsereg_jax import pruning
+from sparsereg_jax import pruning, thresholds
 from sparsereg_jax.pruning import (
     apply_mask,
     check_pruning_mask,
@@ -293,11 +293,11 @@ def test_threshold_compares_bits():
 def test_amounts_do_not_recompile():
     params = {"a": normal(0, 11, 13), "b": normal(1, 5, 3)}
     cores = (
-        pruning._plan,
+        pruning._drop,
         pruning._plan_below,
         pruning._cut_leaf_below,
         pruning._cut_leaf_lowest,
-        pruning.thresholds.share_of,
+        *(thresholds._leaf_below, thresholds._enter, thresholds._planned, thresholds.share_of),
     )
 
     def run(amount, floor):
@@ -315,6 +315,17 @@ def test_amounts_do_not_recompile():
     for share in (0.25, 0.5, 0.8125):
         assert_same(traced(params, share), mask_by_sparsity(params, share))
     assert traced._cache_size() == 1
+
+
+def test_leaves_of_one_shape_share_their_programs():
+    params = {name: normal(i, 17, 19) for i, name in enumerate("abcd")}
+    cores = (thresholds._leaf_below, pruning._cut_leaf_below, pruning._cut_leaf_lowest)
+    sizes = [core._cache_size() for core in cores]
+    mask_by_sparsity(params, 0.5)
+    grown = [core._cache_size() - size for core, size in zip(cores, sizes, strict=True)]
+    assert grown == [1, 1, 0]  # no floor bites: the long search of a leaf alone is not compiled
+    mask_by_sparsity(params, 0.9, floor=100)
+    assert pruning._cut_leaf_lowest._cache_size() == sizes[2] + 1
 
 
 # Patterns.

@@ -179,8 +179,12 @@ def test_widened_magnitudes_are_exact(narrow, wide):
 
 @jax.jit
 def found_by(keys, count, rooms=None):
-    bits = jnp.iinfo(keys[0].dtype).bits - 1
-    return thresholds.search(lambda k: k, keys, count, bits, rooms)
+    bits, dtype = jnp.iinfo(keys[0].dtype).bits - 1, keys[0].dtype
+
+    def below(i, floor):
+        return [thresholds.count_below(key, i, floor, bits) for key in keys]
+
+    return thresholds.search(below, len(keys), count, bits, dtype, rooms)
 
 
 def threshold_of(key, count):
@@ -214,7 +218,7 @@ def test_search_counts_each_tensor(dtype):
         return numbers if rooms is None else np.minimum(numbers, rooms).tolist()
 
     for allowed in (None, rooms):
-        limit = None if allowed is None else [count_of(room) for room in allowed]
+        limit = None if allowed is None else thresholds.counts_of(allowed)
         for count in range(sum(below(top + 1, allowed)) + 1):
             found = found_by(keys, count_of(count), limit)
             bounds = [0, *(int(key) + 1 for key in np.unique(np.concatenate(keys)))]
@@ -268,11 +272,13 @@ def walk(leaves, keeps, count, floor, exact_ties):
 
 @partial(jax.jit, static_argnames="exact_ties")
 def pruned(leaves, keeps, count, floor, exact_ties):
-    plans = thresholds.plan(leaves, keeps, [floor] * len(leaves), lambda n: count, exact_ties)
+    remaining = thresholds.numbers_left(leaves, keeps)
+    floors = thresholds.Count(*(jnp.full(len(leaves), limb) for limb in floor))
+    plan = thresholds.plan(leaves, keeps, remaining, floors, count, exact_ties)
     dtype = thresholds.common_dtype(leaves)
     return [
-        thresholds.cut(leaf, keep, plan, dtype)
-        for leaf, keep, plan in zip(leaves, keeps, plans, strict=True)
+        thresholds.cut(leaf, keep, plan, i, dtype)
+        for i, (leaf, keep) in enumerate(zip(leaves, keeps, strict=True))
     ]
 
 
