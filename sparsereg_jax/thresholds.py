@@ -155,6 +155,16 @@ def minimum(a: Count, b: Count) -> Count:
     return Count(jnp.where(smaller, a.high, b.high), jnp.where(smaller, a.low, b.low))
 
 
+@jax.jit
+def total(counts: Count) -> Count:
+    """Adds up an array of fewer than 2**16 counts over its first axis."""
+    low, middle, high = (
+        jnp.sum(limb, axis=0, dtype=jnp.uint32)
+        for limb in (counts.low & jnp.uint32(0xFFFF), counts.low >> jnp.uint32(16), counts.high)
+    )
+    return add(Count(high, low), Count(middle >> jnp.uint32(16), middle << jnp.uint32(16)))
+
+
 def fixed_point(share: float | Array) -> Count:
     """Writes a share of [0, 1] as the integer ``share * 2**63``, rounded down.
 
@@ -566,30 +576,30 @@ def plan_below(leaf: Array, keep: Array | None, floor: Count, threshold: Array) 
     return Plan(bound, below, minimum(below, subtract(numbers_left([leaf], [keep]), floor)))
 
 
-def cut(leaf: Array, keep: Array | None, row: Plan, i: Any, dtype: Any) -> Array:
+def cut(leaf: Array, keep: Array | None, made: Plan, i: Any, dtype: Any) -> Array:
     """Carries out a plan for one tensor, by :func:`cut_below` or :func:`cut_lowest` as it needs.
 
     Args:
       leaf: the float array.
       keep: the boolean array of what remains, or None for everything.
-      row: the plan.
+      made: the plan.
       i: the tensor's number in it.
       dtype: the float dtype that the plan was made in.
 
     Returns:
-      The boolean array of what remains then: exactly ``row.drop[i]`` entries fewer.
+      The boolean array of what remains then: exactly ``made.drop[i]`` entries fewer.
     """
     return lax.cond(
-        takes_all(row)[i],
-        lambda: cut_below(leaf, keep, row.threshold, dtype),
-        lambda: cut_lowest(leaf, keep, row.drop, i),
+        takes_all(made)[i],
+        lambda: cut_below(leaf, keep, made.threshold, dtype),
+        lambda: cut_lowest(leaf, keep, made.drop, i),
     )
 
 
 @jax.jit
-def takes_all(row: Plan) -> Array:
+def takes_all(made: Plan) -> Array:
     """Whether all entries below the threshold go from a tensor, not fewer (a floor, or ties)."""
-    return equal(row.drop, row.below)
+    return equal(made.drop, made.below)
 
 
 def cut_below(leaf: Array, keep: Array | None, threshold: Array, dtype: Any) -> Array:
@@ -660,13 +670,3 @@ def _at(counts: Count, i: Any) -> Count:
 def _stacked(counts: Sequence[Count]) -> Count:
     """Counts of one shape as one array, the first axis numbering them."""
     return Count(jnp.stack([c.high for c in counts]), jnp.stack([c.low for c in counts]))
-
-
-@jax.jit
-def total(counts: Count) -> Count:
-    """Adds up an array of fewer than 2**16 counts over its first axis."""
-    low, middle, high = (
-        jnp.sum(limb, axis=0, dtype=jnp.uint32)
-        for limb in (counts.low & jnp.uint32(0xFFFF), counts.low >> jnp.uint32(16), counts.high)
-    )
-    return add(Count(high, low), Count(middle >> jnp.uint32(16), middle << jnp.uint32(16)))
