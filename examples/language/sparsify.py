@@ -21,7 +21,7 @@ from . import experiment
 from .experiment import Experiment, Scores
 from .methods import plain_adam
 
-# Sparsities that are reported; at 0 nothing is pruned: what the tuning itself does.
+# Sparsities that are reported; at 0 it is the dense network: what the tuning itself does.
 LEVELS = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 KINDS = {
     "attention": r".*attention/.*",
@@ -119,7 +119,8 @@ def sparsify(
         stop_when_worsening=settings.patience,
     )
     start = dense._replace(opt_state=tx.init(dense.params))  # its order and random key go on
-    state, history, metrics = pruning.init(start), [], {}
+    state, history = pruning.init(start), []
+    metrics = {0.0: float(state.progress.dense_metric)}
     loop_folder = folder / "loop"
     if found := checkpoints.restore(loop_folder, state):
         _, state, log = found
@@ -144,6 +145,7 @@ def sparsify(
             raise OutOfTime
 
     folder.mkdir(parents=True, exist_ok=True)
+    sj.save_sparse(_file(folder, "good", 0.0), dense.params)
     state, _ = sj.run_pruning(pruning, state, on_check=on_check, progress_bar=progress_bar)
     tuning = _tuning(bench)
     points = []
