@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -57,6 +58,53 @@ def growing(power):
 gate, flat = sj.exponential_irrelevance, sj.constant_irrelevance
 
 
+def gated_by(measured, alpha):
+    """Adam with the coupled term, its gate reading something else than this step's gradient.
+
+    Args:
+      measured: from the running mean of the squares of each entry's gradient, Adam's second moment
+        with a decay of 0.99, and this step's gradients to what the gate reads.
+      alpha: the gate's.
+    """
+
+    def optimizer(learning_rate, gamma, steps_per_epoch):
+        term = sj.add_selective_shrinkage(sj.paper_strength(gamma, steps_per_epoch), gate, alpha)
+
+        def init(params):
+            return jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32), term.init(params)
+
+        def update(gradients, state, params):
+            second, step, inner = state
+            step += 1
+            second = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g**2, second, gradients)
+            read = measured(jax.tree.map(lambda v: v / (1 - 0.99**step), second), gradients)
+            added, inner = term.update(read, inner, params)
+            # What the term added to that, added to the gradients.
+            updates = jax.tree.map(lambda g, a, r: g + (a - r), gradients, added, read)
+            return updates, (second, step, inner)
+
+        return optax.chain(
+            optax.GradientTransformation(init, update),
+            optax.scale_by_adam(),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    return Variant(DEFAULT._replace(optimizer=optimizer))
+
+
+def smoothed(second, gradients):
+    """Each entry's running rms."""
+    del gradients
+    return jax.tree.map(jnp.sqrt, second)
+
+
+def in_units_of_the_network(second, gradients):
+    """The gradients over the running rms of them all."""
+    total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(second))
+    rms = jnp.sqrt(total / sum(leaf.size for leaf in jax.tree.leaves(second)))
+    return jax.tree.map(lambda g: g / jnp.maximum(rms, jnp.finfo(g.dtype).tiny), gradients)
+
+
 def term(*options, gammas=(GAMMA,), **keywords):
     """The default with another coupled term, and the gammas to try."""
     return Variant(DEFAULT._replace(optimizer=penalty(*options, **keywords)), gammas)
@@ -88,6 +136,8 @@ LENET300 = {
     "gate, alpha 3e-4": term(gate, 3e-4, gammas=(GAMMA, 1e-2)),
     "gate, alpha = running rms of g": term(gate, 1.0, rms_decay=0.99),
     "gate, alpha = 0.1 x running rms of g": term(gate, 0.1, rms_decay=0.99, gammas=(GAMMA, 3e-3)),
+    "gate, alpha = running rms of g over the network": gated_by(in_units_of_the_network, 1.0),
+    "gate on each weight's running rms of g, alpha 3e-3": gated_by(smoothed, 3e-3),
     "gate on |g w|, alpha 1e-4": term(taylor, 1e-4),
     "gate on |g w|, alpha 1e-5": term(taylor, 1e-5),
     "L1": term(absolute_value, gammas=(1e-5, 3e-5)),

@@ -276,6 +276,51 @@ def test_ablations_change_one_thing():
     assert len(rows) == 2 + len(found)
 
 
+def test_gates_that_read_other_gradients():
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=9), jnp.float32) for name in "ab"}
+    first, then = (
+        {"a": jnp.asarray(scale * rng.normal(size=9), jnp.float32), "b": jnp.full(9, 1e-2 * scale)}
+        for scale in (3e-3, 1e-3)
+    )
+
+    def added(name):
+        """What each of two steps added to the gradients, from Adam's first moment."""
+        tx = ablations.LENET300[name].method.optimizer(1e-3, 1e-3, 100)
+        state, before, terms = tx.init(params), jax.tree.map(jnp.zeros_like, params), []
+        for gradients in (first, then):
+            _, state = tx.update(gradients, state, params)
+            moment = state[1].mu
+            terms.append(
+                jax.tree.map(lambda m, b, g: (m - 0.9 * b) / 0.1 - g, moment, before, gradients)
+            )
+            before = moment
+        return [jax.tree.map(np.asarray, term) for term in terms]
+
+    weights, (one, two) = (
+        jax.tree.map(np.float64, params),
+        (jax.tree.map(np.float64, gradients) for gradients in (first, then)),
+    )
+    got = added("gate on each weight's running rms of g, alpha 3e-3")
+    strength = [float(sj.paper_strength(1e-3, 100)(step)) for step in (0, 1)]
+    for leaf in params:
+        second = (0.99 * 0.01 * one[leaf] ** 2 + 0.01 * two[leaf] ** 2) / (1 - 0.99**2)
+        for step, rms in enumerate((np.abs(one[leaf]), np.sqrt(second))):
+            expected = strength[step] * weights[leaf] * np.exp(-rms / 3e-3)
+            np.testing.assert_allclose(got[step][leaf], expected, rtol=1e-3, atol=1e-7)
+    got = added("gate, alpha = running rms of g over the network")
+    seconds = (
+        one[leaf] ** 2 if step == 0 else (0.99 * one[leaf] ** 2 + two[leaf] ** 2) / 1.99
+        for step in (0, 1)
+        for leaf in params
+    )
+    for step, gradients in enumerate((one, two)):
+        rms = np.sqrt(np.mean([next(seconds) for _ in params]))
+        for leaf in params:
+            expected = strength[step] * weights[leaf] * np.exp(-np.abs(gradients[leaf]) / rms)
+            np.testing.assert_allclose(got[step][leaf], expected, rtol=1e-3, atol=1e-6)
+
+
 def test_variants_of_lenet5_change_the_experiment():
     bench = experiment.Experiment(
         EXPERIMENTS["lenet5-mnist"], None, experiment.Network(None, None, True, None), 1, None, None
