@@ -5,13 +5,16 @@ is kept. Every rule takes the mask of what remains now and returns a refinement 
 is out never comes back, whatever its weight. Leaves that a rule does not select keep the mask they
 have; leaves that hold no floats have the scalar True.
 
-Amounts (threshold, sparsity, fraction) may be traced, and changing them does not recompile, but
-for the first time that floors or ties cut the share of a leaf outside ``jit``. The exact rules find
-their threshold by counting (see :mod:`sparsereg_jax.thresholds`) and order entries by magnitude
-with +0 = -0, NaN above Inf and subnormals told apart. With ``floor`` no tensor is left with fewer
-entries than that, or than it had. Ties with the threshold are all dropped, at least the number
-asked for; with ``exact_ties`` that number is met exactly, and equal entries go by leaf and flat
-index, lowest first. Where a floor cuts a tensor's share, ties there are always met exactly.
+The exact rules find their threshold by counting (see :mod:`sparsereg_jax.thresholds`) and order
+entries by magnitude with +0 = -0, NaN above Inf and subnormals told apart. With ``floor`` no tensor
+is left with fewer entries than that, or than it had. Ties with the threshold are all dropped, at
+least the number asked for; with ``exact_ties`` that number is met exactly, and equal entries go by
+leaf and flat index, lowest first. Where a floor cuts a tensor's share, ties there are always met
+exactly.
+
+Amounts (threshold, sparsity, fraction) may be traced, and changing them does not recompile. Under
+``jit`` a rule is part of one program. Called outside, it is a few small programs, which leaves of
+one shape share, and waits for the device; what floors and ties need is compiled when it is needed.
 """
 
 import itertools
@@ -31,6 +34,7 @@ from .thresholds import Count, Plan
 Array = jax.Array
 Scope = str | Callable[[str], str] | PyTree
 Keeps = list[Array | None]  # masks of the selected leaves; None where everything remains
+Planned = tuple[Plan, Sequence[int], Any]  # with the numbers of its leaves, and its dtype
 
 
 def full_mask(params: PyTree) -> PyTree:
@@ -85,12 +89,13 @@ def mask_by_threshold(
     _check_floor(floor)
 
     def rule(paths: list[str], leaves: list[Array], keeps: Keeps) -> Keeps:
-        def cut(leaf: Array, keep: Array | None) -> Array | None:
-            bound = _bound(threshold, leaf)
-            plan = _plan_below(leaf, keep, thresholds.counts_of([floor]), bound)
-            return _cut([leaf], [keep], plan, bound.dtype)[0]
-
-        return [cut(*row) for row in zip(leaves, keeps, strict=True)]
+        bounds = [_bound(threshold, leaf) for leaf in leaves]
+        floors = thresholds.counts_of([floor])
+        plans = [
+            (_plan_below(leaf, keep, floors, bound), [i], bound.dtype)
+            for i, (leaf, keep, bound) in enumerate(zip(leaves, keeps, bounds, strict=True))
+        ]
+        return _cut(leaves, keeps, plans)
 
     return _refine(params, pruning_mask, mask, rule)
 
@@ -192,9 +197,10 @@ def mask_by_fraction(
     _check_floor(floor)
 
     def rule(paths: list[str], leaves: list[Array], keeps: Keeps) -> Keeps:
-        amount = _amount(fraction, leaves, keeps)
-        plan = _plan(leaves, keeps, [floor] * len(leaves), exact_ties, *amount)
-        return _cut(leaves, keeps, plan, thresholds.common_dtype(leaves))
+        remaining = thresholds.numbers_left(leaves, keeps)
+        drop = _share(fraction, remaining)
+        plan = _plan(leaves, keeps, remaining, [floor] * len(leaves), drop, exact_ties)
+        return _cut(leaves, keeps, [(plan, range(len(leaves)), thresholds.common_dtype(leaves))])
 
     return _refine(params, pruning_mask, mask, rule)
 
@@ -702,7 +708,7 @@ def _to_sparsity(
     groups: dict[str, list[int]] = {}
     for i, label in enumerate(labels):
         groups.setdefault(label, []).append(i)
-    refined: Keeps = [None] * len(leaves)
+    plans: list[Planned] = []
     for members in groups.values():
         some, kept = [leaves[i] for i in members], [keeps[i] for i in members]
         size = sum(leaf.size for leaf in some)
@@ -710,54 +716,55 @@ def _to_sparsity(
             zeros = thresholds.count_of(round(sparsity * size))
         else:
             zeros = thresholds.share_of(jnp.asarray(sparsity), thresholds.count_of(size))
-        plan = _plan(some, kept, [floors[i] for i in members], exact_ties, zeros, None)
-        cut = _cut(some, kept, plan, thresholds.common_dtype(some))
-        for i, keep in zip(members, cut, strict=True):
-            refined[i] = keep
-    return refined
+        remaining = thresholds.numbers_left(some, kept)
+        drop = _to_be_out(zeros, remaining, thresholds.count_of(size))
+        plan = _plan(some, kept, remaining, [floors[i] for i in members], drop, exact_ties)
+        plans.append((plan, members, thresholds.common_dtype(some)))
+    return _cut(leaves, keeps, plans)
+
+
+@jax.jit
+def _to_be_out(zeros: Count, remaining: Count, size: Count) -> Count:
+    """How many of those that remain go for ``zeros`` in all to be out."""
+    return thresholds.subtract(thresholds.add(zeros, thresholds.total(remaining)), size)
 
 
 def _plan(
     leaves: list[Array],
     keeps: Keeps,
+    remaining: Count,
     floors: list[int],
+    drop: Count,
     exact_ties: bool,
-    zeros: Count | None,
-    fraction: Array | Count | None,
 ) -> Plan:
-    """Plans for one group: ``zeros`` entries out in all, or a ``fraction`` of what remains."""
-    remaining = thresholds.numbers_left(leaves, keeps)
-    size = thresholds.count_of(sum(leaf.size for leaf in leaves))
-    drop = _drop(remaining, size, zeros, fraction)
-    return thresholds.plan(leaves, keeps, remaining, thresholds.counts_of(floors), drop, exact_ties)
+    """The plan for one group."""
+    make = _plan_alone if len(leaves) == 1 else thresholds.plan
+    return make(leaves, keeps, remaining, thresholds.counts_of(floors), drop, exact_ties)
 
 
-@jax.jit
-def _drop(
-    remaining: Count, size: Count, zeros: Count | None, fraction: Array | Count | None
-) -> Count:
-    left = thresholds.total(remaining)
-    if zeros is None:
-        return thresholds.share_of(fraction, left)
-    return thresholds.subtract(thresholds.add(zeros, left), size)
+_plan_alone = jax.jit(thresholds.plan, static_argnums=5)
 
 
-def _cut(leaves: list[Array], keeps: Keeps, plan: Plan, dtype: Any) -> Keeps:
-    """Carries out a plan, a program a leaf, so that leaves of one shape share one.
+def _cut(leaves: list[Array], keeps: Keeps, plans: Sequence[Planned]) -> Keeps:
+    """Carries out plans, a program a leaf, so that leaves of one shape share one.
 
     Where a floor or ties cut a leaf's share it is searched alone, by a program that takes many
     times as long to compile as a comparison: the host asks first who needs it, where it can.
     """
-    rows = list(zip(leaves, keeps, strict=True))
-    simple = thresholds.takes_all(plan)
-    if isinstance(simple, jax.core.Tracer):
-        return [_cut_leaf(*row, plan, i, dtype) for i, row in enumerate(rows)]
-    return [
-        _cut_leaf_below(*row, plan.threshold, dtype)
-        if below
-        else _cut_leaf_lowest(*row, plan.drop, i)
-        for i, (row, below) in enumerate(zip(rows, np.asarray(simple), strict=True))
-    ]
+    refined: Keeps = list(keeps)
+    asked = [(thresholds.takes_all(plan), plan.drop) for plan, *_ in plans]
+    traced = thresholds.is_traced(asked)
+    known = asked if traced else jax.device_get(asked)
+    for (plan, members, dtype), (whole, drop) in zip(plans, known, strict=True):
+        for place, i in enumerate(members):
+            row = leaves[i], keeps[i]
+            if traced:
+                refined[i] = _cut_leaf(*row, plan, place, dtype)
+            elif whole[place]:
+                refined[i] = _cut_leaf_below(*row, plan.threshold, dtype)
+            else:
+                refined[i] = _cut_leaf_lowest(*row, Count(*(limb[place] for limb in drop)))
+    return refined
 
 
 _cut_leaf = jax.jit(thresholds.cut, static_argnums=4)
@@ -905,24 +912,20 @@ def _ratio(part: Count, whole: Count, of_nothing: float) -> Array:
 
 def _bound(threshold: float | Array, leaf: Array) -> Array:
     """The threshold in the dtype it is compared in."""
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    dtype = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
     if isinstance(threshold, int | float):
         return jnp.asarray(threshold, dtype)
     return jnp.asarray(threshold).astype(dtype)
 
 
-def _amount(
-    fraction: float | Array, leaves: list[Array], keeps: Keeps
-) -> tuple[Count | None, Array | Count | None]:
-    """A fraction of what remains, as the number of entries to be out where the host can know it."""
+def _share(fraction: float | Array, remaining: Count) -> Count:
+    """A fraction of what remains, rounded: as Python does where the host knows both."""
+    left = thresholds.total(remaining)
     if not isinstance(fraction, int | float):
-        return None, jnp.asarray(fraction)
-    if any(isinstance(array, jax.core.Tracer) for array in (*leaves, *keeps)):
-        return None, thresholds.fixed_point(fraction)
-    remaining = sum(leaf.size for leaf, keep in zip(leaves, keeps, strict=True) if keep is None)
-    remaining += count_kept([keep for keep in keeps if keep is not None])
-    size = sum(leaf.size for leaf in leaves)
-    return thresholds.count_of(size - remaining + round(fraction * remaining)), None
+        return thresholds.share_of(jnp.asarray(fraction), left)
+    if thresholds.is_traced(left):
+        return thresholds.share_of(thresholds.fixed_point(fraction), left)
+    return thresholds.count_of(round(fraction * thresholds.to_int(left)))
 
 
 def _labels(scope: Scope, params: PyTree, paths: list[str]) -> list[str]:

@@ -5,12 +5,13 @@ equals +0, subnormals differ from zero even where the hardware flushes them, Inf
 finite value and NaN above Inf. The threshold is found three bits a pass, from the highest: seven
 pivots are compared with every key, the seven counts added up over the tensors, and the counts say
 which of the eight intervals to enter. A pass reads the weights once and writes nothing, tensors
-are never joined, and devices exchange seven counts.
+are never joined, and devices exchange seven counts (outside jit, of each tensor).
 
 Counts are pairs of 32-bit limbs, exact beyond 2**32 entries without 64-bit mode.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
@@ -54,7 +55,8 @@ def count_of(number: int | Array) -> Count:
 
 def counts_of(numbers: Sequence[int]) -> Count:
     """Makes an array of counts of Python ints below ``2**64``."""
-    limbs = ([n >> 32 for n in numbers], [n & 0xFFFFFFFF for n in numbers])
+    whole = [operator.index(number) for number in numbers]
+    limbs = ([n >> 32 for n in whole], [n & 0xFFFFFFFF for n in whole])
     return Count(*(jnp.asarray(np.array(limb, np.uint32)) for limb in limbs))
 
 
@@ -334,6 +336,8 @@ def magnitude(leaf: Array, dtype: Any = None) -> Array:
       True
     """
     own, wide = jnp.finfo(leaf.dtype), jnp.finfo(leaf.dtype if dtype is None else dtype)
+    if own.bits < 16 and wide.bits > own.bits:  # of the many forms of 8 bits some have no Inf
+        return magnitude(leaf.astype(jnp.float32), wide.dtype)
     unsigned = jnp.dtype(f"uint{own.bits}")
     bits = lax.bitcast_convert_type(leaf, unsigned) & unsigned.type(2 ** (own.bits - 1) - 1)
     if own.dtype == wide.dtype:
@@ -371,8 +375,8 @@ class Found(NamedTuple):
 
 
 def search(
-    below: Callable[[Any, Array], Sequence[Count]],
-    tensors: int,
+    passed: Callable[[Any, Array], Sequence[Count]],
+    numbers: Count,
     count: Count,
     bits: int,
     dtype: Any,
@@ -382,9 +386,9 @@ def search(
     """Finds the least integer below which at least ``count`` keys lie.
 
     Args:
-      below: from the number of a pass and the floor that it begins with to each tensor's keys below
-        the pivots, by :func:`count_below`. All ones stand for "no key".
-      tensors: how many.
+      passed: from the number of a pass and the floor that it begins with to the number of each
+        tensor's keys below the pivots, by :func:`count_below`. All ones stand for "no key".
+      numbers: an array of one count a tensor, how many keys it has: of use for ``below`` alone.
       count: a scalar count, at most the number of keys (of those that have room).
       bits: keys are below ``2**bits``, less than the width of their dtype.
       dtype: that of the keys, unsigned.
@@ -398,19 +402,16 @@ def search(
     Example:
       >>> import jax.numpy as jnp
       >>> key = jnp.uint32([7, 3, 3, 9])
-      >>> below = lambda i, floor: [count_below(key, i, floor, bits=4)]
-      >>> found = search(below, 1, count_of(2), bits=4, dtype=key.dtype)
+      >>> passed = lambda i, floor: [count_below(key, i, floor, bits=4)]
+      >>> found = search(passed, counts_of([4]), count_of(2), bits=4, dtype=key.dtype)
       >>> int(found.threshold), int(found.below.low[0]), int(found.certain.low[0])
       (4, 2, 0)
     """
 
     def enter(i: Array, found: Found) -> Found:
-        return _enter(i, found, below(i, found.threshold), count, rooms, bits)
+        return _enter(i, found, passed(i, found.threshold), count, rooms, bits)
 
-    zeros = count_of(jnp.zeros(tensors, jnp.uint32))
-    start = Found(jnp.zeros((), dtype), zeros, zeros)
-    # With a pass for one bit more than there are, the last interval ends at a pivot.
-    return _closed(loop(0, -(-(bits + 1) // _DIGIT), enter, start), count)
+    return _closed(loop(0, -(-bits // _DIGIT), enter, _start(numbers, dtype)), count)
 
 
 def count_below(key: Array, i: Any, floor: Array, bits: int) -> Count:
@@ -427,6 +428,12 @@ def count_below(key: Array, i: Any, floor: Array, bits: int) -> Count:
     """
     steps = jnp.arange(1, 2**_DIGIT, dtype=key.dtype)
     return count_true([key < pivot for pivot in floor + (steps << _shift(i, bits, key.dtype))])
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _start(numbers: Count, dtype: Any) -> Found:
+    """Before the first pass all lies between 0 and the end."""
+    return Found(jnp.zeros((), dtype), numbers, Count(*map(jnp.zeros_like, numbers)))
 
 
 def _shift(i: Any, bits: int, dtype: Any) -> Array:
@@ -488,7 +495,8 @@ def plan(
     the rest to the others.
 
     A pass over one tensor compiles for a fifth of a second and more. On concrete arrays each is
-    called from the host, so that tensors of one shape share a program; traced, all are one.
+    called from the host, so that tensors of one shape share a program; traced, all are one. Several
+    tensors on the host, a single one traced is what is fast.
 
     Args:
       leaves: float arrays, of any dtypes.
@@ -504,18 +512,22 @@ def plan(
     """
     dtype = common_dtype(leaves)
     bits = jnp.finfo(dtype).bits
-    rooms, goal = _rooms(remaining, floors, drop)
+    remaining, rooms, goal = _rooms(leaves, remaining, floors, drop)
 
-    def below(i: Any, floor: Array) -> list[Count]:
+    def passed(i: Any, floor: Array) -> list[Count]:
         return [
-            _leaf_below(leaf, keep, i, floor, dtype)
+            _count_leaf(leaf, keep, i, floor, dtype)
             for leaf, keep in zip(leaves, keeps, strict=True)
         ]
 
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((leaves, keeps, goal)))
-    loop = lax.fori_loop if traced else _loop_on_the_host
-    found = search(below, len(leaves), goal, bits - 1, f"uint{bits}", rooms, loop)
+    loop = lax.fori_loop if is_traced((leaves, keeps, goal)) else _loop_on_the_host
+    found = search(passed, remaining, goal, bits - 1, f"uint{bits}", rooms, loop)
     return _planned(found, rooms, goal, exact_ties)
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether any of the arrays is abstract: within ``jit``, ``vmap`` and the like."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _loop_on_the_host(lower: int, upper: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
@@ -524,15 +536,21 @@ def _loop_on_the_host(lower: int, upper: int, body: Callable[[Any, Any], Any], s
     return state
 
 
-@jax.jit
-def _rooms(remaining: Count, floors: Count, drop: Count) -> tuple[Count, Count]:
-    """How many entries may go from each tensor, and how many are to go in all."""
+@partial(jax.jit, keep_unused=True)
+def _rooms(
+    leaves: Sequence[Array], remaining: Count, floors: Count, drop: Count
+) -> tuple[Count, Count, Count]:
+    """How many entries remain in each tensor, how many may go, and how many are to go in all.
+
+    The leaves are there for the counts to lie on their devices: else each pass compiles twice.
+    """
+    del leaves
     rooms = subtract(remaining, floors)
-    return rooms, minimum(drop, total(rooms))
+    return remaining, rooms, minimum(drop, total(rooms))
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _leaf_below(leaf: Array, keep: Array | None, i: Any, floor: Array, dtype: Any) -> Count:
+def _count_leaf(leaf: Array, keep: Array | None, i: Any, floor: Array, dtype: Any) -> Count:
     # The barrier keeps XLA from lifting the keys out of the loop, which would store them.
     leaf, keep, floor = lax.optimization_barrier((leaf, keep, floor))
     return count_below(_key(leaf, keep, dtype), i, floor, jnp.finfo(dtype).bits - 1)
@@ -559,7 +577,7 @@ def plan_below(leaf: Array, keep: Array | None, floor: Count, threshold: Array) 
     Args:
       leaf: a float array.
       keep: the boolean array of what remains, or None for everything.
-      floor: the least number of entries that stay.
+      floor: the least number of entries that stay, of shape ``[1]``.
       threshold: a float scalar of a dtype at least as wide as the leaf's. Nothing goes if it is
         negative or NaN.
 
@@ -592,7 +610,7 @@ def cut(leaf: Array, keep: Array | None, made: Plan, i: Any, dtype: Any) -> Arra
     return lax.cond(
         takes_all(made)[i],
         lambda: cut_below(leaf, keep, made.threshold, dtype),
-        lambda: cut_lowest(leaf, keep, made.drop, i),
+        lambda: cut_lowest(leaf, keep, _at(made.drop, i)),
     )
 
 
@@ -607,9 +625,9 @@ def cut_below(leaf: Array, keep: Array | None, threshold: Array, dtype: Any) -> 
     return _stays(keep, _key(leaf, keep, dtype) < threshold)
 
 
-def cut_lowest(leaf: Array, keep: Array | None, drop: Count, i: Any) -> Array:
+def cut_lowest(leaf: Array, keep: Array | None, drop: Count) -> Array:
     """Carries out any plan: the tensor is searched alone, equal magnitudes go by flat index."""
-    return _stays(keep, _lowest(leaf, keep, _at(drop, i)))
+    return _stays(keep, _lowest(leaf, keep, drop))
 
 
 def _stays(keep: Array | None, gone: Array) -> Array:
@@ -625,12 +643,12 @@ def _lowest(leaf: Array, keep: Array | None, count: Count) -> Array:
         return _key(leaf, keep, dtype=None)
 
     def found(key_of: Callable[[Any], Array], count: Count, bits: int) -> Found:
-        def below(i: Any, floor: Array) -> list[Count]:
+        def passed(i: Any, floor: Array) -> list[Count]:
             held, floor = lax.optimization_barrier((arrays, floor))
             return [count_below(key_of(held), i, floor, bits)]
 
         dtype = jax.eval_shape(key_of, arrays).dtype
-        return search(below, 1, count, bits, dtype)
+        return search(passed, counts_of([leaf.size]), count, bits, dtype)
 
     last = found(key_of, count, jnp.finfo(leaf.dtype).bits - 1)
     tie, left = _predecessor(last.threshold), subtract(count, _at(last.certain, 0))

@@ -293,11 +293,9 @@ def test_threshold_compares_bits():
 def test_amounts_do_not_recompile():
     params = {"a": normal(0, 11, 13), "b": normal(1, 5, 3)}
     cores = (
-        pruning._drop,
-        pruning._plan_below,
-        pruning._cut_leaf_below,
-        pruning._cut_leaf_lowest,
-        *(thresholds._leaf_below, thresholds._enter, thresholds._planned, thresholds.share_of),
+        *(pruning._to_be_out, pruning._plan_below, pruning._cut_leaf_below),
+        *(pruning._cut_leaf_lowest, thresholds._count_leaf, thresholds._enter),
+        *(thresholds._planned, thresholds.share_of),
     )
 
     def run(amount, floor):
@@ -317,15 +315,54 @@ def test_amounts_do_not_recompile():
     assert traced._cache_size() == 1
 
 
-def test_leaves_of_one_shape_share_their_programs():
-    params = {name: normal(i, 17, 19) for i, name in enumerate("abcd")}
-    cores = (thresholds._leaf_below, pruning._cut_leaf_below, pruning._cut_leaf_lowest)
+@pytest.mark.parametrize("committed", [False, True])
+def test_leaves_of_one_shape_share_their_programs(committed):
+    shape = (17, 19 + committed)
+    params = {name: normal(i, *shape) for i, name in enumerate("abcd")}
+    if committed:
+        params = jax.device_put(params, jax.devices()[0])
+    cores = (thresholds._count_leaf, pruning._cut_leaf_below, pruning._cut_leaf_lowest)
     sizes = [core._cache_size() for core in cores]
+
+    def grown():
+        return [core._cache_size() - size for core, size in zip(cores, sizes, strict=True)]
+
     mask_by_sparsity(params, 0.5)
-    grown = [core._cache_size() - size for core, size in zip(cores, sizes, strict=True)]
-    assert grown == [1, 1, 0]  # no floor bites: the long search of a leaf alone is not compiled
+    assert grown() == [1, 1, 0]  # no floor bites: the long search of a leaf alone is not compiled
     mask_by_sparsity(params, 0.9, floor=100)
-    assert pruning._cut_leaf_lowest._cache_size() == sizes[2] + 1
+    mask_by_sparsity({"a": params["a"], "b": params["b"]}, 0.9, floor=100)
+    mask_by_sparsity(params, 0.9, scope="tensor", floor=100)
+    mask_by_threshold(params, 10.0, floor=100)
+    assert grown()[2] == 1
+
+
+@pytest.mark.parametrize("floor", [np.int32(4), np.uint8(4), jnp.int32(4)])
+def test_floors_may_be_any_integers(floor):
+    params = {"a": normal(0, 6, 7)}
+    assert_same(
+        mask_by_fraction(params, 0.99, floor=floor), mask_by_fraction(params, 0.99, floor=4)
+    )
+
+
+def test_fractions_of_what_jit_closes_over():
+    params = {"a": normal(0, 6, 7), "b": normal(1, 5, 3)}
+    once = mask_by_fraction(params, 0.3)
+    for mask in (None, once):
+        expected = mask_by_fraction(params, 0.3, pruning_mask=mask)
+        got = jax.jit(lambda mask=mask: mask_by_fraction(params, 0.3, pruning_mask=mask))()
+        assert_same(got, expected)
+
+
+def test_eight_bits_beside_wider_floats():
+    """Their largest exponent has finite values where IEEE's has infinity."""
+    params = {
+        "a": jnp.array([[256.0, 448.0, 1.0, -2.0]]).astype(jnp.float8_e4m3fn),
+        "b": jnp.array([[300.0, 1000.0, 0.5, 3.0]]),
+    }
+    mask = mask_by_sparsity(params, 0.5)
+    assert mask["a"].tolist() == [[True, True, False, False]]
+    assert mask["b"].tolist() == [[True, True, False, False]]
+    assert mask_by_threshold(params, 300.0)["a"].tolist() == [[False, True, False, False]]
 
 
 # Patterns.

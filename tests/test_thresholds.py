@@ -181,10 +181,11 @@ def test_widened_magnitudes_are_exact(narrow, wide):
 def found_by(keys, count, rooms=None):
     bits, dtype = jnp.iinfo(keys[0].dtype).bits - 1, keys[0].dtype
 
-    def below(i, floor):
+    def passed(i, floor):
         return [thresholds.count_below(key, i, floor, bits) for key in keys]
 
-    return thresholds.search(below, len(keys), count, bits, dtype, rooms)
+    numbers = thresholds.numbers_left(keys, [key <= jnp.iinfo(dtype).max >> 1 for key in keys])
+    return thresholds.search(passed, numbers, count, bits, dtype, rooms)
 
 
 def threshold_of(key, count):
