@@ -99,9 +99,10 @@ def smoothed(second, gradients):
 
 
 def in_units_of_the_network(second, gradients):
-    """The gradients over the running rms of them all."""
-    total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(second))
-    rms = jnp.sqrt(total / sum(leaf.size for leaf in jax.tree.leaves(second)))
+    """The gradients over the running rms of all that are not pruned."""
+    leaves = jax.tree.leaves(second)
+    number = jnp.maximum(1, sum(jnp.count_nonzero(leaf) for leaf in leaves))
+    rms = jnp.sqrt(sum(jnp.sum(leaf) for leaf in leaves) / number)
     return jax.tree.map(lambda g: g / jnp.maximum(rms, jnp.finfo(g.dtype).tiny), gradients)
 
 

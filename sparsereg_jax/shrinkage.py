@@ -75,7 +75,8 @@ def add_selective_shrinkage(
         otherwise relative to each leaf's running rms of the gradient. A schedule is read like
         ``strength``.
       rms_decay: decay of the running rms, in [0, 1); 0 means the rms of this step alone. Entries
-        that are not finite are left out of it, and a leaf without finite entries keeps its rms.
+        that are not finite are left out of it, and those whose weight and gradient are both zero,
+        as pruned ones are; a leaf without others keeps its rms.
       mask: which leaves are shrunk: a prefix tree of Python bools, a function of the params, or
         None for every float leaf. Non-float leaves pass through always.
 
@@ -273,7 +274,7 @@ def selective_penalty(
         gradient, weight = gradient.astype(dtype), weight.astype(dtype)
         scale = jnp.asarray(alpha, dtype)
         if relative:
-            scale = scale * _rms(gradient)[0]
+            scale = scale * _rms(gradient, weight)[0]
         score = jax.lax.stop_gradient(_score(irrelevance, key_path, gradient, weight, scale))
         half = jnp.asarray(strength, dtype) / jnp.asarray(2, dtype)
         return half * jnp.sum(jnp.square(weight) * score)
@@ -622,9 +623,10 @@ def _term(
             gradient_rms, scales = state.gradient_rms, jax.tree.map(lambda _: alpha_now, updates)
         else:
             gradient_rms = jax.tree.map(
-                lambda old, gradient: _running_rms(old, gradient, rms_decay),
+                lambda old, gradient, weight: _running_rms(old, gradient, weight, rms_decay),
                 state.gradient_rms,
                 gradients,
+                params,
             )
             scales = jax.tree.map(lambda rms: jnp.asarray(alpha_now, rms.dtype) * rms, gradient_rms)
 
@@ -699,22 +701,27 @@ def _score(
     return jnp.asarray(score, gradient.dtype)
 
 
-def _rms(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Root mean square of the finite entries, and whether there is any."""
-    finite = jnp.isfinite(gradient)
-    magnitude = jnp.where(finite, jnp.abs(gradient), jnp.zeros((), gradient.dtype))
+def _rms(gradient: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Root mean square of the finite entries, and whether there is any.
+
+    Pruned entries do not count: at 99 % of zeros they would make the scale a tenth of what it is.
+    """
+    counted = jnp.isfinite(gradient) & ((gradient != 0) | (weight != 0))
+    magnitude = jnp.where(counted, jnp.abs(gradient), jnp.zeros((), gradient.dtype))
     # Divided by the largest first: squares of 1e20 or 1e-30 are not to be had in f32.
     largest = jnp.max(magnitude, initial=0)
     safe = jnp.where(largest > 0, largest, jnp.ones((), gradient.dtype))
-    number = jnp.sum(finite, dtype=gradient.dtype)
+    number = jnp.sum(counted, dtype=gradient.dtype)
     total = jnp.sum(jnp.square(magnitude / safe))
     return safe * jnp.sqrt(total / jnp.maximum(number, 1)), number > 0
 
 
-def _running_rms(old: jax.Array, gradient: jax.Array, decay: jax.typing.ArrayLike) -> jax.Array:
+def _running_rms(
+    old: jax.Array, gradient: jax.Array, weight: jax.Array, decay: jax.typing.ArrayLike
+) -> jax.Array:
     if gradient is None or not is_float(gradient):
         return old
-    new, known = _rms(gradient.astype(old.dtype))
+    new, known = _rms(gradient.astype(old.dtype), weight)
     decay = jnp.asarray(decay, old.dtype)
     # 0 is "nothing seen yet": the first gradient that is not all zero starts the average.
     average = jnp.where(old > 0, decay * old + (1 - decay) * new, new)

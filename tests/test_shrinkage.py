@@ -313,6 +313,19 @@ def test_running_rms_is_not_poisoned(bad):
     np.testing.assert_allclose(after.gradient_rms, (np.sqrt(4.5) + 2) / 2, rtol=1e-6)
 
 
+def test_rms_does_not_count_what_is_pruned():
+    """A hundredth is left: with zeros counted the scale would be a tenth, the score exp(-10)."""
+    tx = sj.hold_zeros(sj.add_selective_shrinkage(1.0, rms_decay=0.0))
+    weight = jnp.ones((10, 10))
+    keep = jnp.zeros((10, 10), bool).at[3, 4].set(True)
+    weight, state = sj.prune(tx, weight, tx.init(weight), keep)
+    updates, _ = tx.update(jnp.full((10, 10), 7.0), state, weight)
+    np.testing.assert_allclose(updates[3, 4], 7 + np.exp(-1), rtol=1e-6)
+    assert np.count_nonzero(updates) == 1
+    penalty = sj.selective_penalty(weight, 7.0 * keep, 2.0, relative=True)
+    np.testing.assert_allclose(penalty, np.exp(-1), rtol=1e-6)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_rms_neither_overflows_nor_vanishes(size):
     tx = sj.add_selective_shrinkage(1.0, rms_decay=0.0)
