@@ -25,7 +25,7 @@ def plain_adam(
 
 METHODS = {
     "default": Method(
-        "our recipe (the gate, decaying after each pruning, going back)",
+        "the gate, decaying after each pruning, going back",
         GAMMAS,
         penalty(sj.exponential_irrelevance, b1=B1, b2=B2),
         propose=lambda s, usual, n: sj.fraction_step(usual, floor=1),

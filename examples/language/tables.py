@@ -49,7 +49,7 @@ def read(folder: Path) -> dict[str, Records]:
             runs.sort(key=lambda record: record["seed"])
     for corpus, methods in found.items():
         shared = {
-            repr((record["settings"], record["digest"]))
+            repr((record["settings"], record["digest"], record["fingerprint"].split(", ")[-1]))
             for runs in methods.values()
             for record in runs
         }
@@ -60,8 +60,8 @@ def read(folder: Path) -> dict[str, Records]:
         }
         if len(shared) > 1 or len(own) > len(methods):
             raise ValueError(
-                f"{folder}: the records of {corpus} were not made with the same text, settings and"
-                f" strengths: {sorted(own)}. Keep others in a folder of their own (--out)."
+                f"{folder}: the records of {corpus} were not made with the same text, settings,"
+                f" version and strengths: {sorted(own)}. Keep others in a folder of their own (--out)."
             )
     return found
 
