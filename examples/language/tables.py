@@ -61,7 +61,7 @@ def read(folder: Path) -> dict[str, Records]:
         if len(shared) > 1 or len(own) > len(methods):
             raise ValueError(
                 f"{folder}: the records of {corpus} were not made with the same text, settings,"
-                f" version and strengths: {sorted(own)}. Keep others in a folder of their own (--out)."
+                f" version and strengths: {sorted(own)}. Keep others in another folder (--out)."
             )
     return found
 
