@@ -62,12 +62,16 @@ def test_everything_in_one_table(tiny, monkeypatch, tmp_path, capsys):
     _check(rows[:4], "training step", STEP_PAIRS)
     _check(rows[4:8], "optimizer step", STEP_PAIRS)
     _check(
-        rows[8:10],
+        rows[8:12],
         "exact masks at 80 %",
-        [(f"mask_by_sparsity, {scope}", "jnp.sort") for scope in ("per tensor", "global")],
+        [
+            (f"mask_by_sparsity, {scope}{place}", "jnp.sort")
+            for scope in ("per tensor", "global")
+            for place in ("", ", outside jit")
+        ],
     )
     _check(
-        rows[10:],
+        rows[12:],
         "LeNet-300-100 epoch",
         [("selective_adam", "adam"), ("selective_adam, zeros held", "adam")],
     )
@@ -75,10 +79,11 @@ def test_everything_in_one_table(tiny, monkeypatch, tmp_path, capsys):
         [(1.20, 1.05)] * 4
         + [(None, None)] * 2
         + [(1.20, 1.05)] * 2
-        + [(10, 20)] * 2
+        + [(10, 20)] * 4
         + [(1.10, None)] * 2
     )
-    assert all(row.temporaries is not None for row in rows[:10])
+    known = [row.temporaries is not None for row in rows[:12]]
+    assert known == [True] * 8 + [True, False] * 2
 
     record = json.loads(out.read_text())
     assert record["rounds"] == 2
