@@ -90,7 +90,9 @@ def measure(rounds: int, width: int = 2048, depth: int = 6) -> list[Row]:
         }
         seconds, masks = interleave(runs, rounds)
         for one in (ours, outside):
-            same = jax.tree.map(lambda a, b: bool((a == b).all()), masks[one], masks[against])
+            same = jax.tree.map(
+                lambda a, b: bool(jnp.array_equal(a, b)), masks[one], masks[against]
+            )
             if not all(jax.tree.leaves(same)):
                 raise AssertionError(f"{name}: counting and sorting disagree")
             rows.append(

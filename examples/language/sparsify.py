@@ -126,6 +126,9 @@ def sparsify(
         _, state, log = found
         history = [sj.check_from_json(line) for line in log["history"]]
         metrics = {float(level): metric for level, metric in log["metrics"].items()}
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        sj.save_sparse(_file(folder, "good", 0.0), dense.params)
     saved = time.monotonic()
 
     def on_check(state: sj.PruningState, check: sj.Check) -> None:
@@ -144,8 +147,6 @@ def sparsify(
         if late:
             raise OutOfTime
 
-    folder.mkdir(parents=True, exist_ok=True)
-    sj.save_sparse(_file(folder, "good", 0.0), dense.params)
     state, _ = sj.run_pruning(pruning, state, on_check=on_check, progress_bar=progress_bar)
     tuning = _tuning(bench)
     points = []
