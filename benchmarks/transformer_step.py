@@ -41,7 +41,7 @@ def measure(settings: Settings, rounds: int) -> tuple[list[Row], dict[str, dict[
     shape = (settings.batch, settings.row)
     source, target = random.integers(2, model.vocabulary, (2, *shape), dtype=np.int32)
     source[:, SENTENCE - 1 :: SENTENCE] = target[:, SENTENCE - 1 :: SENTENCE] = EOS
-    loss = train_loss(model, settings.smoothing, settings.bfloat16)
+    loss = train_loss(model, settings)
     params = jax.jit(model.init)(jax.random.key(0), source[:1], target[:1])
     selective = METHODS["paper"].optimizer(settings.learning_rate, 1e-5, 1)
     held = sj.hold_zeros(selective)

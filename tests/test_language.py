@@ -10,12 +10,13 @@ import optax
 import pytest
 
 from examples import translation
-from examples.language import decoding, experiment, text
+from examples.language import decoding, experiment, products, text
 from examples.language.methods import plain_adam
 from examples.language.transformer import EOS, PAD, Transformer, positions, segments
 
 VOCABULARY = 6
 MODEL = Transformer(VOCABULARY, 16, 24, heads=2, layers=2, source_length=12, target_length=12)
+EXACT = translation.USUAL._replace(smoothing=0.0, bfloat16=False)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,39 @@ def test_where_nothing_ends_the_likeliest_is_given(params):
     assert list(one[0]) == best[1]
 
 
+@pytest.mark.parametrize("leading", [(5,), (3, 40), (2, 3, 5)])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_products_against_numpy(leading, axis, bfloat16):
+    """In float64, of the operands and the gradient as they are or rounded to bfloat16."""
+    rng = np.random.default_rng(0)
+    x, given = (rng.standard_normal((*leading, size)).astype(np.float32) for size in (64, 96))
+    weights = rng.standard_normal((64, 96) if axis == 0 else (96, 64)).astype(np.float32)
+
+    @jax.jit
+    def found(x, weights, given):
+        y, back = jax.vjp(lambda *both: products.chosen(bfloat16)(*both, axis), x, weights)
+        return y, *back(given)
+
+    def exactly(value):
+        return value.astype(jnp.bfloat16 if bfloat16 else np.float64).astype(np.float64)
+
+    a, b, c = (exactly(value) for value in (x, weights, given))
+    matrix = b if axis == 0 else b.T
+    of_matrix = np.einsum("ni,nj->ij", a.reshape(-1, 64), c.reshape(-1, 96))
+    wanted = a @ matrix, c @ matrix.T, of_matrix if axis == 0 else of_matrix.T
+    for got, right, like in zip(found(x, weights, given), wanted, (given, x, weights), strict=True):
+        assert got.dtype == like.dtype
+        np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4)
+
+
+def test_rounded_products_keep_dtypes():
+    x, weights = jnp.ones((2, 3), jnp.float16), jnp.ones((3, 4), jnp.float32)
+    y, back = jax.vjp(products.rounded_product, x, weights)
+    of_x, of_weights = back(y)
+    assert (y.dtype, of_x.dtype, of_weights.dtype) == (jnp.float16, jnp.float16, jnp.float32)
+
+
 def test_loss_against_numpy():
     rng = np.random.default_rng(0)
     values, target = rng.standard_normal((2, 3, 7)), np.array([[3, EOS, PAD], [6, 2, EOS]])
@@ -182,7 +216,7 @@ def test_loss_against_numpy():
 def test_loss_counts_tokens_not_rows(params):
     source, target = jnp.array([[3, EOS, PAD], [4, 2, EOS]]), jnp.array([[4, EOS], [EOS, PAD]])
     still = MODEL.clone(dropout=0.0)
-    loss = jax.jit(experiment.train_loss(still, 0.0, False))
+    loss = jax.jit(experiment.train_loss(still, EXACT))
     value, _ = loss(params, {}, (source, target), jax.random.key(0))
     logs = [
         np.asarray(jax.nn.log_softmax(logits(params, source, target)))
@@ -190,7 +224,7 @@ def test_loss_counts_tokens_not_rows(params):
     ]
     wanted = -(logs[0][0, 4] + logs[0][1, EOS] + logs[1][0, EOS]) / 3
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
-    lower, _ = jax.jit(experiment.train_loss(still, 0.0, True))(
+    lower, _ = jax.jit(experiment.train_loss(still, EXACT._replace(bfloat16=True)))(
         params, {}, (source, target), jax.random.key(0)
     )
     assert lower.dtype == jnp.float32
@@ -203,7 +237,8 @@ def test_training_drops_and_smooths(params):
     batch = (jnp.array([[3, EOS, PAD], [4, 2, EOS]]), jnp.array([[4, EOS], [EOS, PAD]]))
 
     def losses(dropout, smoothing):
-        loss = experiment.train_loss(MODEL.clone(dropout=dropout), smoothing, False)
+        model, settings = MODEL.clone(dropout=dropout), EXACT._replace(smoothing=smoothing)
+        loss = experiment.train_loss(model, settings)
         keys = jax.random.split(jax.random.key(0), 8)
         return np.asarray(jax.jit(jax.vmap(lambda key: loss(params, {}, batch, key)[0]))(keys))
 

@@ -51,7 +51,7 @@ class Settings(NamedTuple):
     warmup: Annotated[float, "share of the dense training in which the learning rate rises"] = 0.1
     accumulate: Annotated[int, "batches whose gradients are averaged for one step"] = 1
     smoothing: Annotated[float, "of the labels"] = 0.0
-    bfloat16: Annotated[bool, "compute in bfloat16; parameters stay in float32"] = False
+    bfloat16: Annotated[bool, "train with products of bfloat16, the sums in float32"] = False
     beams: Annotated[int, "of beam search, on the test pairs"] = 4
     penalty: Annotated[float, "exponent of the length by which a beam's score is divided"] = 0.6
 
@@ -249,15 +249,14 @@ def scores(experiment: Experiment, params: Any) -> Scores:
     return Scores(*numbers, outputs, time.monotonic() - began)
 
 
-def train_loss(model: Transformer, smoothing: float, bfloat16: bool) -> trainer.Loss:
+def train_loss(model: Transformer, settings: Settings) -> trainer.Loss:
     """The mean over a batch's tokens of the cross-entropy with smoothed labels, while dropping."""
+    model = model.clone(bfloat16=settings.bfloat16)
 
     def loss(params, model_state, batch, key):
         source, target = (side.astype(jnp.int32) for side in batch)
-        if bfloat16:
-            params = trainer.lowered(params)
         logits: Any = model.apply(params, source, target, train=True, rngs={"dropout": key})
-        each = cross_entropy(logits, target, smoothing)
+        each = cross_entropy(logits, target, settings.smoothing)
         return each.sum() / jnp.maximum(1, jnp.sum(target != PAD)), model_state
 
     return loss
@@ -291,7 +290,7 @@ def make_trainer(
 ) -> Callable[[trainer.Record], trainer.Record]:
     """A function from a record to the record so many batches later."""
     settings = experiment.settings
-    loss = train_loss(experiment.model, settings.smoothing, settings.bfloat16)
+    loss = train_loss(experiment.model, settings)
     return trainer.interval(loss, tx, experiment.train, settings.batch, steps)
 
 

@@ -128,7 +128,6 @@ def sparsify(
         metrics = {float(level): metric for level, metric in log["metrics"].items()}
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        sj.save_sparse(_file(folder, "good", 0.0), dense.params)
     saved = time.monotonic()
 
     def on_check(state: sj.PruningState, check: sj.Check) -> None:
@@ -149,15 +148,21 @@ def sparsify(
 
     state, _ = sj.run_pruning(pruning, state, on_check=on_check, progress_bar=progress_bar)
     tuning = _tuning(bench)
+    # The dense network is trained on like the others, once for all methods.
+    how = f"{settings.tune_epochs}-{_decoding(settings)}"
+    of_dense = folder.parent / f"tuned-dense-seed{seed}-{how}"
+    of_dense.mkdir(exist_ok=True)
+    sj.save_sparse(_file(of_dense, "good", 0.0), dense.params)
     points = []
     for level in sorted(metrics):
-        params, seconds = _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar)
-        scored = _scored(bench, params, folder / f"scores-{level:g}.json", overdue)
+        place = folder if level else of_dense
+        params, seconds = _tuned(bench, dense, tuning, place, level, seed, overdue, progress_bar)
+        scored = _scored(bench, params, place / f"scores-{level:g}.json", overdue)
         size, kept = (
             sum(int(count(leaf)) for leaf in jax.tree.leaves(params))
             for count in (np.size, np.count_nonzero)
         )
-        file = _file(folder, "tuned", level)
+        file = _file(place, "tuned", level)
         points.append(
             Point(level, 1 - kept / size, by_kind(params), metrics[level], file, scored, seconds)
         )
@@ -183,9 +188,12 @@ def _bound(settings: experiment.Settings) -> Any:
 
 def _dense_scores(bench: Experiment, shared: Path, seed: int) -> Path:
     """The dense network is decoded once for all methods, as long as the decoding is the same."""
-    settings = bench.settings
+    return shared / f"scores-dense-seed{seed}-{_decoding(bench.settings)}.json"
+
+
+def _decoding(settings: experiment.Settings) -> str:
     how = (settings.beams, settings.penalty, settings.validation_pairs, settings.test_pairs)
-    return shared / f"scores-dense-seed{seed}-{'-'.join(map(str, how))}.json"
+    return "-".join(map(str, how))
 
 
 def _scored(bench: Experiment, params: Any, path: Path, overdue: Callable[[], bool]) -> Scores:
