@@ -30,9 +30,9 @@ USUAL = Settings(
     batch=16,
     dense_epochs=40,
     loop_epochs=20,
-    tune_epochs=6,
+    tune_epochs=4,
     interval=95,  # half an epoch
-    share=0.85,
+    share=0.88,
     smoothing=0.1,
 )
 
