@@ -32,7 +32,7 @@ USUAL = Settings(
     loop_epochs=20,
     tune_epochs=4,
     interval=95,  # half an epoch
-    share=0.88,
+    share=0.8,
     smoothing=0.1,
 )
 

@@ -153,16 +153,18 @@ def sparsify(
     of_dense = folder.parent / f"tuned-dense-seed{seed}-{how}"
     of_dense.mkdir(exist_ok=True)
     sj.save_sparse(_file(of_dense, "good", 0.0), dense.params)
+    what = {"settings": settings._asdict(), "dialogue": bool(bench.corpus.symbols)}
     points = []
     for level in sorted(metrics):
         place = folder if level else of_dense
         params, seconds = _tuned(bench, dense, tuning, place, level, seed, overdue, progress_bar)
+        file = _file(folder, "tuned", level)
+        sj.save_sparse(file, params, metadata=what)
         scored = _scored(bench, params, place / f"scores-{level:g}.json", overdue)
         size, kept = (
             sum(int(count(leaf)) for leaf in jax.tree.leaves(params))
             for count in (np.size, np.count_nonzero)
         )
-        file = _file(place, "tuned", level)
         points.append(
             Point(level, 1 - kept / size, by_kind(params), metrics[level], file, scored, seconds)
         )
@@ -253,6 +255,4 @@ def _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar):
         overdue,
         f"tuning at {level:g}" if progress_bar else None,
     )
-    what = {"settings": bench.settings._asdict(), "dialogue": bool(bench.corpus.symbols)}
-    sj.save_sparse(_file(folder, "tuned", level), record.params, metadata=what)
     return record.params, seconds
