@@ -263,12 +263,17 @@ def test_transformer_step(tiny, monkeypatch, tmp_path, capsys):
     _check(
         rows,
         "training step",
-        [("selective_adam", "adam"), ("selective_adam, zeros held", "adam")],
+        [
+            ("selective_adam", "adam"),
+            ("selective_adam, zeros held", "adam"),
+            ("adam, products of bfloat16", "adam"),
+        ],
     )
     record = json.loads(out.read_text())
     assert record["tokens"] == 2 * 2 * 16
     # Adam: two moments as large as the params, and a count; held zeros: a mask besides.
-    plain, selective, held = record["bytes"].values()
+    plain, selective, held, rounded = record["bytes"].values()
+    assert rounded == plain
     assert plain["optimizer"] == 2 * plain["params"] + 4
     assert held["params"] == plain["params"] == selective["params"]
     assert held["optimizer"] > selective["optimizer"] >= plain["optimizer"]
