@@ -1,7 +1,7 @@
 """A training step of a Transformer with selective shrinkage, against plain Adam.
 
     python -m benchmarks.transformer_step                # the size of the translation example
-    python -m benchmarks.transformer_step --size wmt14   # base size, bf16: for a GPU or TPU
+    python -m benchmarks.transformer_step --size wmt14   # base size: for a GPU or TPU
 
 Rows of random tokens, packed without padding, sentences of 15 tokens. Adam alone, with selective
 shrinkage, and with that and three weights of four held at zero; and Adam with products of bfloat16

@@ -180,7 +180,7 @@ def test_products_against_numpy(leading, axis, bfloat16):
 
     @jax.jit
     def found(x, weights, given):
-        y, back = jax.vjp(lambda *both: products.chosen(bfloat16)(*both, axis), x, weights)
+        y, back = jax.vjp(lambda *both: products.multiplication(bfloat16)(*both, axis), x, weights)
         return y, *back(given)
 
     def exactly(value):
@@ -229,6 +229,36 @@ def test_loss_counts_tokens_not_rows(params):
     )
     assert lower.dtype == jnp.float32
     np.testing.assert_allclose(lower, wanted, rtol=0.05)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_training_rounds_each_product_with_weights(params, bfloat16):
+    """Of two layers: 4 and 2 in the encoder's, 8 and 2 in the decoder's, and the output's."""
+    batch = jnp.array([[3, EOS, PAD]]), jnp.array([[4, EOS]])
+    loss = experiment.train_loss(MODEL, EXACT._replace(bfloat16=bfloat16))
+    program = jax.make_jaxpr(jax.grad(lambda *given: loss(*given)[0]))(
+        params, {}, batch, jax.random.key(0)
+    )
+    products = [
+        tuple(str(variable.aval.dtype) for variable in (*equation.invars, *equation.outvars))
+        for equation in _equations(program.jaxpr)
+        if equation.primitive.name == "dot_general"
+    ]
+    rounded = [types for types in products if types[:2] == ("bfloat16", "bfloat16")]
+    assert set(rounded) <= {("bfloat16", "bfloat16", "float32")}
+    assert len(rounded) == (3 * (2 * (6 + 10) + 1) if bfloat16 else 0)
+    assert set(products) - set(rounded) == {("float32",) * 3}
+
+
+def _equations(jaxpr):
+    """Those of inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "jaxpr")
+        ):
+            if hasattr(inner, "jaxpr"):
+                yield from _equations(inner.jaxpr)
 
 
 @pytest.mark.slow

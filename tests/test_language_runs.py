@@ -95,6 +95,13 @@ def test_records_and_tables(tmp_path, capsys, monkeypatch):
     path = write_pairs(tmp_path)
     records = translate(path, tmp_path, "--method", "paper", "none", "--seed", "0", "1")
     assert len(records) == 4
+    # Once for all methods of a seed the dense network is tuned, and measured.
+    first, second = (
+        {record["seed"]: record["points"][0] for record in records if record["method"] == method}
+        for method in ("paper", "none")
+    )
+    assert first == second
+    assert first[0] != first[1]
     for record in records:
         levels = [point["level"] for point in record["points"]]
         assert levels == sorted(sparsify.LEVELS)[: len(levels)]

@@ -205,7 +205,13 @@ def main(
     flags(parser)
     parser.add_argument("--method", nargs="+", default=["paper"], choices=METHODS)
     parser.add_argument("--strength", type=float, help="gamma of the one --method")
-    parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--seed",
+        nargs="+",
+        type=int,
+        default=[0],
+        help="one process a seed at a time: its methods share a dense network",
+    )
     for name, changed in variants.items():
         said = ", ".join(f"{field} {value}" for field, value in changed.items())
         parser.add_argument(f"--{name}", action="store_true", help=said)
@@ -215,7 +221,8 @@ def main(
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="take up what was cut off, and leave what has a record (dense networks always stay)",
+        help="take up what was cut off, and leave what has a record (dense networks, and what"
+        " tuning makes of them, always stay)",
     )
     parser.add_argument(
         "--minutes",

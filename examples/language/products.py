@@ -1,4 +1,4 @@
-"""The product of vectors with a matrix of weights, exact or of operands rounded to bfloat16."""
+"""The product of vectors with a matrix of weights: as it is, or of bfloat16 operands."""
 
 import functools
 from collections.abc import Callable
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 
-def dense(features: int, bfloat16: bool) -> nn.Dense:
+def linear(features: int, bfloat16: bool) -> nn.Dense:
     """``nn.Dense`` by :func:`product`, or with ``bfloat16`` by :func:`rounded_product`."""
-    multiply = chosen(bfloat16)
+    multiply = multiplication(bfloat16)
     return nn.Dense(features, dot_general=lambda x, weights, *_, **__: multiply(x, weights))
 
 
-def chosen(bfloat16: bool) -> Callable[..., jax.Array]:
+def multiplication(bfloat16: bool) -> Callable[..., jax.Array]:
     """One of the two products."""
     return rounded_product if bfloat16 else product
 
@@ -41,10 +41,11 @@ def product(x: jax.Array, weights: jax.Array, axis: int = 0) -> jax.Array:
 def rounded_product(x: jax.Array, weights: jax.Array, axis: int = 0) -> jax.Array:
     """:func:`product` of operands rounded to bfloat16, summed in float32; of the dtype of ``x``.
 
-    Both gradients are made in the same way, of the rounded operands and the rounded gradient. It is
-    what TPUs do with float32 by default; GPUs and some CPUs (AMX) have units for it. XLA's CPU
-    backend uses them where both operands are bfloat16, the result is float32, and the sum is over
-    the last axis of the first operand or over several: so the leading axes stay as they are.
+    Both gradients (reverse mode alone) are made in the same way, of the rounded operands and the
+    rounded gradient. It is what TPUs do with float32 by default; GPUs and some CPUs (AMX) have
+    units for it. XLA's CPU backend uses them where both operands are bfloat16, the result is
+    float32, and the sum is over the last axis of the first operand or over several: so the leading
+    axes stay as they are.
     """
     return _forward(x, weights, axis)[0]
 

@@ -76,8 +76,8 @@ def sparsify(
       method: a row of the table of methods.
       strength: its gamma.
       seed: of the dense network, of the order of the rows and of what is dropped.
-      folder: for the checkpoints of this run and its networks; the dense network's is beside it. A
-        run that was cut off is taken up there.
+      folder: for the checkpoints of this run and its networks; those of the dense network and of
+        its tuning are beside it. A run that was cut off is taken up there.
       deadline: the ``time.monotonic()`` at which to save a checkpoint and stop.
       progress_bar: shows one.
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from .products import chosen, dense
+from .products import linear, multiplication
 
 PAD, EOS = 0, 1
 
@@ -60,7 +60,7 @@ class Attention(nn.Module):
     def setup(self) -> None:
         """Four projections."""
         self.query, self.key, self.value, self.output = (
-            dense(self.width, self.bfloat16) for _ in range(4)
+            linear(self.width, self.bfloat16) for _ in range(4)
         )
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -98,8 +98,8 @@ class Layer(nn.Module):
         if self.cross:
             self.source_attention = Attention(*sizes)
             self.source_norm = nn.LayerNorm()
-        self.up = dense(self.hidden, self.bfloat16)
-        self.down = dense(self.width, self.bfloat16)
+        self.up = linear(self.hidden, self.bfloat16)
+        self.down = linear(self.width, self.bfloat16)
         self.norm = nn.LayerNorm()
         self.drop = nn.Dropout(self.dropout)
 
@@ -229,4 +229,4 @@ class Transformer(nn.Module):
         return self.drop(self.target_norm(x), deterministic=not train)
 
     def _logits(self, x):
-        return chosen(self.bfloat16)(x, self.embedding.embedding, 1)
+        return multiplication(self.bfloat16)(x, self.embedding.embedding, 1)
