@@ -7,6 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+# There XLA's CPU backend fails where x has several leading axes ("Unsupported element type for
+# DotThunk").
+OLD = jax.__version_info__ < (0, 10)
+
 
 def linear(features: int, bfloat16: bool) -> nn.Dense:
     """``nn.Dense`` by :func:`product`, or with ``bfloat16`` by :func:`rounded_product`."""
@@ -37,16 +41,22 @@ def product(x: jax.Array, weights: jax.Array, axis: int = 0) -> jax.Array:
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rounded_product(x: jax.Array, weights: jax.Array, axis: int = 0) -> jax.Array:
     """:func:`product` of operands rounded to bfloat16, summed in float32; of the dtype of ``x``.
 
     Both gradients (reverse mode alone) are made in the same way, of the rounded operands and the
     rounded gradient. It is what TPUs do with float32 by default; GPUs and some CPUs (AMX) have
     units for it. XLA's CPU backend uses them where both operands are bfloat16, the result is
-    float32, and the sum is over the last axis of the first operand or over several: so the leading
-    axes stay as they are.
+    float32, and the sum is over the last axis of the first operand or over several: so the
+    leading axes stay as they are.
     """
+    if OLD:
+        return _rounded(x.reshape(-1, x.shape[-1]), weights, axis).reshape(*x.shape[:-1], -1)
+    return _rounded(x, weights, axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rounded(x, weights, axis):
     return _forward(x, weights, axis)[0]
 
 
@@ -59,14 +69,14 @@ def _forward(x, weights, axis):
 def _backward(axis, kept, gradient):
     x, weights, like_x, like_weights = kept
     gradient = gradient.astype(jnp.bfloat16)
-    *leading, last = range(x.ndim)
-    of_x = _sum(gradient, weights, (last,), (1 - axis,), jnp.float32)
+    of_x = _sum(gradient, weights, (x.ndim - 1,), (1 - axis,), jnp.float32)
+    leading = tuple(range(x.ndim - 1))
     pair = (x, gradient) if axis == 0 else (gradient, x)
     of_weights = _sum(*pair, leading, leading, jnp.float32)
     return of_x.astype(like_x.dtype), of_weights.astype(like_weights.dtype)
 
 
-rounded_product.defvjp(_forward, _backward)
+_rounded.defvjp(_forward, _backward)
 
 
 def _sum(a, b, axes_a, axes_b, dtype):
