@@ -30,10 +30,11 @@ USUAL = Settings(
     row=64,
     batch=16,
     dense_epochs=40,
-    loop_epochs=40,
+    loop_epochs=20,
     tune_epochs=4,
     interval=95,  # half an epoch
-    share=0.85,
+    share=0.8,
+    cosine=0.0,  # at a low rate the loop cannot come back to the bound
     smoothing=0.1,
 )
 

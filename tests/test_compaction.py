@@ -19,6 +19,7 @@ import sparsereg_jax as sj
 from examples import models
 
 from . import random_graphs
+from .programs import equations
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -788,20 +789,12 @@ def test_gradients_of_kept_entries():
     np.testing.assert_allclose(new["b2"], old["b2"], rtol=1e-5, atol=1e-6)
 
 
-def primitives(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
-                yield from primitives(getattr(value, "jaxpr", value))
-
-
 def test_custom_rules_are_kept_on_fewer_channels():
     params = mlp_params(b1=np.zeros(5))
     params["w1"][:, 3] = 0
     small = sj.compact(mlp, params, jnp.ones((1, 4)))
     jaxpr = jax.make_jaxpr(small.fn)(small.params, jnp.ones((2, 4))).jaxpr
-    calls = [eqn for eqn in primitives(jaxpr) if eqn.primitive.name == "custom_jvp_call"]
+    calls = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "custom_jvp_call"]
     assert [eqn.outvars[0].aval.shape for eqn in calls] == [(2, 4)]
     # relu'(0) = 0 is jax.nn's rule; that of the maximum would be 1/2.
     slope = jax.grad(lambda b: jnp.sum(small.fn(small.params | {"b1": b}, jnp.zeros((1, 4)))))

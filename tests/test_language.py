@@ -14,6 +14,8 @@ from examples.language import decoding, experiment, products, text
 from examples.language.methods import plain_adam
 from examples.language.transformer import EOS, PAD, Transformer, positions, segments
 
+from .programs import equations
+
 VOCABULARY = 6
 MODEL = Transformer(VOCABULARY, 16, 24, heads=2, layers=2, source_length=12, target_length=12)
 EXACT = translation.USUAL._replace(smoothing=0.0, bfloat16=False)
@@ -241,24 +243,13 @@ def test_training_rounds_each_product_with_weights(params, bfloat16):
     )
     products = [
         tuple(str(variable.aval.dtype) for variable in (*equation.invars, *equation.outvars))
-        for equation in _equations(program.jaxpr)
+        for equation in equations(program.jaxpr)
         if equation.primitive.name == "dot_general"
     ]
     rounded = [types for types in products if types[:2] == ("bfloat16", "bfloat16")]
     assert set(rounded) <= {("bfloat16", "bfloat16", "float32")}
     assert len(rounded) == (3 * (2 * (6 + 10) + 1) if bfloat16 else 0)
     assert set(products) - set(rounded) == {("float32",) * 3}
-
-
-def _equations(jaxpr):
-    """Those of inner programs too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "jaxpr")
-        ):
-            if hasattr(inner, "jaxpr"):
-                yield from _equations(inner.jaxpr)
 
 
 @pytest.mark.slow

@@ -90,6 +90,16 @@ def test_cut_off_and_resumed_is_the_same(tmp_path, monkeypatch):
     assert other["digest"] != whole["digest"]
 
 
+@pytest.mark.parametrize("cosine", [0.0, 0.8, 1.0])
+def test_learning_rate_of_the_loop(cosine):
+    """r / 2 (1 + cos(pi c t / T)) at step t of T."""
+    settings = translation.USUAL._replace(learning_rate=2e-3, cosine=cosine)
+    steps = np.arange(0, 1000, 8)
+    rates = np.broadcast_to(sparsify.learning_rate(settings, 1000)(steps), steps.shape)
+    wanted = 1e-3 * (1 + np.cos(np.pi * cosine * steps / 1000))
+    np.testing.assert_allclose(rates, wanted, rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.slow
 def test_records_and_tables(tmp_path, capsys, monkeypatch):
     path = write_pairs(tmp_path)

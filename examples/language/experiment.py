@@ -50,6 +50,7 @@ class Settings(NamedTuple):
     learning_rate: Annotated[float, "of Adam, at its highest"] = 1e-3
     warmup: Annotated[float, "share of the dense training in which the learning rate rises"] = 0.1
     accumulate: Annotated[int, "batches whose gradients are averaged for one step"] = 1
+    cosine: Annotated[float, "share of a cosine that the loop's rate goes down; 0: constant"] = 1.0
     smoothing: Annotated[float, "of the labels"] = 0.0
     bfloat16: Annotated[bool, "train with products of bfloat16, the sums in float32"] = False
     beams: Annotated[int, "of beam search, on the test pairs"] = 4
@@ -191,7 +192,7 @@ def search(settings: Settings, model: Transformer) -> Callable[[Any, jax.Array],
 
 
 def _check(settings: Settings, corpus: Corpus) -> None:
-    zero = ("dropout", "smoothing", "penalty", "warmup", "share", "bound", "dense_epochs")
+    zero = ("dropout", "smoothing", "penalty", "warmup", "cosine", "share", "bound", "dense_epochs")
     for name, value in settings._asdict().items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and (value < 0 or (value == 0 and name not in zero)):
@@ -199,7 +200,7 @@ def _check(settings: Settings, corpus: Corpus) -> None:
     for name in ("dropout", "smoothing", "warmup"):
         if getattr(settings, name) >= 1:
             raise ValueError(f"{name}: {getattr(settings, name)} must be less than 1.")
-    for name in ("fraction", "share"):
+    for name in ("fraction", "share", "cosine"):
         if getattr(settings, name) > 1:
             raise ValueError(f"{name}: {getattr(settings, name)} is a share, 1 at most.")
     if settings.metric not in ("bleu", "loss"):
@@ -353,7 +354,7 @@ def folder(out: Path, experiment: Experiment) -> Path:
     """The folder for checkpoints of all runs that start from the same dense networks."""
     shared = experiment.settings._replace(
         loop_epochs=0, tune_epochs=0, interval=0, share=0.0, bound=None, patience=None,
-        fraction=0.0, metric="", beams=0, penalty=0.0, validation_pairs=0, test_pairs=0,
+        fraction=0.0, metric="", cosine=0.0, beams=0, penalty=0.0, validation_pairs=0, test_pairs=0,
     )  # fmt: skip
     digest = hashlib.sha256((repr(shared) + experiment.digest).encode()).hexdigest()[:8]
     return out / "checkpoints" / f"{name(experiment)}-{digest}"

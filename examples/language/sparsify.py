@@ -68,8 +68,9 @@ def sparsify(
 ) -> Run:
     """Trains the dense network of a seed, prunes it, and tunes the networks that are reported.
 
-    The paper's algorithm: from the dense network a loop of checks, Adam (0.85, 0.997) with a cosine
-    over it; then a few epochs for each network without the regularizer, its zeros kept.
+    The paper's algorithm: from the dense network a loop of checks, Adam (0.85, 0.997), its learning
+    rate going down a cosine or a part of one; then a few epochs for each network without the
+    regularizer, its zeros kept.
 
     Args:
       bench: the experiment.
@@ -98,9 +99,7 @@ def sparsify(
     )
     interval = settings.accumulate * -(-settings.interval // settings.accumulate)
     checks = max(1, settings.loop_epochs * bench.steps // interval)
-    rate = optax.cosine_decay_schedule(
-        settings.learning_rate, checks * interval // settings.accumulate
-    )
+    rate = learning_rate(settings, checks * interval // settings.accumulate)
     steps_per_epoch = max(1, bench.steps // settings.accumulate)
     tx = experiment.accumulated(
         settings, sj.hold_zeros(method.optimizer(rate, strength, steps_per_epoch))
@@ -152,7 +151,8 @@ def sparsify(
     how = f"{settings.tune_epochs}-{_decoding(settings)}"
     of_dense = folder.parent / f"tuned-dense-seed{seed}-{how}"
     of_dense.mkdir(exist_ok=True)
-    sj.save_sparse(_file(of_dense, "good", 0.0), dense.params)
+    if not _file(of_dense, "good", 0.0).exists():
+        sj.save_sparse(_file(of_dense, "good", 0.0), dense.params)
     what = {"settings": settings._asdict(), "dialogue": bool(bench.corpus.symbols)}
     points = []
     for level in sorted(metrics):
@@ -178,6 +178,13 @@ def sparsify(
         sum(check.seconds for check in history),
         dense_seconds,
     )
+
+
+def learning_rate(settings: experiment.Settings, steps: int) -> optax.Schedule:
+    """In a loop of so many steps: the first part of a longer cosine, or all of one, or none."""
+    if settings.cosine == 0:
+        return optax.constant_schedule(settings.learning_rate)
+    return optax.cosine_decay_schedule(settings.learning_rate, round(steps / settings.cosine))
 
 
 def _bound(settings: experiment.Settings) -> Any:
