@@ -100,6 +100,29 @@ def test_learning_rate_of_the_loop(cosine):
     np.testing.assert_allclose(rates, wanted, rtol=1e-4, atol=1e-9)
 
 
+def test_figure_shows_means_bands_and_smaller_networks():
+    def record(seed, bleu):
+        points = [{"level": 0.5, "sparsity": 0.52, "bleu": bleu}]
+        points += [{"level": 0.9, "sparsity": 0.9, "bleu": bleu - 10}]
+        shared = {"data": "pairs", "digest": "a", "parameters": 1000, "seed": seed}
+        return shared | {"dense": {"bleu": bleu + 5}, "points": points}
+
+    def alone(digest, width, parameters):
+        settings = {"width": width}
+        return {"digest": digest, "parameters": parameters, "settings": settings, "bleu": width / 2}
+
+    smaller = [alone("a", 32, 250), alone("a", 8, 50), alone("a", 64, 1000), alone("b", 16, 250)]
+    (axes,) = tables.figure({"paper": [record(0, 20), record(1, 24)]}, smaller).axes
+    lines = {line.get_label(): np.transpose(line.get_data()) for line in axes.lines}
+    assert list(lines) == ["dense", "dense, width 32", "paper"]
+    np.testing.assert_allclose(lines["dense"][:, 1], 27)
+    np.testing.assert_allclose(lines["dense, width 32"], [[75, 16]])
+    np.testing.assert_allclose(lines["paper"], [[52, 22], [90, 12]])
+    (band,) = axes.collections
+    corners = {tuple(map(float, np.round(corner, 6))) for corner in band.get_paths()[0].vertices}
+    assert corners == {(52, 20), (52, 24), (90, 10), (90, 14)}
+
+
 @pytest.mark.slow
 def test_records_and_tables(tmp_path, capsys, monkeypatch):
     path = write_pairs(tmp_path)

@@ -107,11 +107,16 @@ def in_full(records: Records) -> str:
     return tabulate(rows, [*headers, *KINDS], "github", disable_numparse=True)
 
 
+def dense_alone(folder: Path) -> list[dict[str, Any]]:
+    """The records of dense networks that were trained to choose a size (--dense-only)."""
+    paths = sorted(folder.glob("*-dense-width*-seed*.json"))
+    return [json.loads(path.read_text()) for path in paths]
+
+
 def widths(folder: Path) -> str:
-    """The dense networks that were trained to choose a size (--dense-only), in Markdown."""
+    """Those dense networks, a row each, in Markdown."""
     rows = []
-    for path in sorted(folder.glob("*-dense-width*-seed*.json")):
-        record = json.loads(path.read_text())
+    for record in dense_alone(folder):
         metrics = (f"{record[key]:.2f}" for key in ("validation_bleu", "bleu", "chrf"))
         width, size = record["settings"]["width"], record["parameters"]
         rows.append([width, f"{size:,}", record["data"], record["seed"], *metrics])
@@ -143,12 +148,25 @@ def bootstrap(folder: Path, corpus: str, seeds: Sequence[int]) -> str:
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
-def figure(records: Records) -> Figure:
-    """Test BLEU against sparsity: a line a method, a band from the lowest to the highest seed."""
+def figure(records: Records, smaller: Sequence[dict[str, Any]] = ()) -> Figure:
+    """Test BLEU against sparsity: a line a method, a band from the lowest to the highest seed.
+
+    Smaller dense networks of the same text stand where a sparse one has as many weights left, if
+    the lines go so far.
+    """
+    first = next(iter(records.values()))[0]
     picture = Figure(figsize=(8, 5), layout="constrained", dpi=110)
     axes = picture.subplots()
     dense = np.mean([each["bleu"] for each in _dense(records)])
     axes.axhline(dense, color="0.6", linewidth=1, label="dense")
+    reached = [
+        point["sparsity"] for runs in records.values() for run in runs for point in run["points"]
+    ]
+    for each in smaller:
+        sparsity = 1 - each["parameters"] / first["parameters"]
+        if each["digest"] == first["digest"] and 0 < sparsity <= max(reached, default=0):
+            label = f"dense, width {each['settings']['width']}"
+            axes.plot(100 * sparsity, each["bleu"], "kx", label=label)
     for i, (method, runs) in enumerate(records.items()):
         found = []
         for level in LEVELS:
@@ -162,7 +180,7 @@ def figure(records: Records) -> Figure:
             axes.fill_between(sparsity, lowest, highest, color=f"C{i}", alpha=0.15)
     axes.set_xlabel("sparsity: parameters that are zero, %")
     axes.set_ylabel("test BLEU (intl), beam search, after tuning")
-    axes.set_title(next(iter(records.values()))[0]["data"])
+    axes.set_title(first["data"])
     axes.legend(frameon=False)
     return picture
 
@@ -215,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n## {first['data']}\n\n{by_level(records)}\n\n{in_full(records)}\n")
         seeds = sorted({run["seed"] for runs in records.values() for run in runs})
         print(bootstrap(options.results, corpus, seeds))
-        figure(records).savefig(options.results / f"{corpus}.png")
+        figure(records, dense_alone(options.results)).savefig(options.results / f"{corpus}.png")
 
 
 if __name__ == "__main__":
