@@ -30,11 +30,10 @@ USUAL = Settings(
     row=64,
     batch=16,
     dense_epochs=40,
-    loop_epochs=20,
+    loop_epochs=40,
     tune_epochs=4,
     interval=95,  # half an epoch
-    share=0.8,
-    cosine=0.0,  # at a low rate the loop cannot come back to the bound
+    share=0.85,
     smoothing=0.1,
 )
 
