@@ -65,8 +65,7 @@ def made(folder: Path) -> dict[str, str]:
     for corpus, by_method in language.read(folder).items():
         found[f"{corpus} by level"] = language.by_level(by_method)
         found[f"{corpus} in full"] = language.in_full(by_method)
-        seeds = sorted({run["seed"] for runs in by_method.values() for run in runs})
-        found[f"{corpus} bootstrap"] = language.bootstrap(folder, corpus, seeds)
+        found[f"{corpus} bootstrap"] = language.bootstrap(folder, corpus, by_method)
     return found
 
 

@@ -124,14 +124,14 @@ def widths(folder: Path) -> str:
     return tabulate(sorted(rows), headers, "github", disable_numparse=True) if rows else ""
 
 
-def bootstrap(folder: Path, corpus: str, seeds: Sequence[int]) -> str:
+def bootstrap(folder: Path, corpus: str, records: Records) -> str:
     """At the level whose outputs are kept: each method against its dense network and "none"."""
     rows = []
-    for seed in seeds:
+    for seed in sorted({run["seed"] for runs in records.values() for run in runs}):
         outputs = {}
-        for method in METHODS:
+        for method, runs in records.items():
             path = folder / "outputs" / f"{corpus}-{method}-seed{seed}.jsonl"
-            if path.exists():
+            if any(run["seed"] == seed for run in runs) and path.exists():
                 lines = samples.read(path)
                 if "sparse" in lines[0]:
                     outputs[method] = [line["sparse"] for line in lines]
@@ -231,8 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     for corpus, records in read(options.results).items():
         first = next(iter(records.values()))[0]
         print(f"\n## {first['data']}\n\n{by_level(records)}\n\n{in_full(records)}\n")
-        seeds = sorted({run["seed"] for runs in records.values() for run in runs})
-        print(bootstrap(options.results, corpus, seeds))
+        print(bootstrap(options.results, corpus, records))
         figure(records, dense_alone(options.results)).savefig(options.results / f"{corpus}.png")
 
 
