@@ -4,7 +4,7 @@ import jax
 
 
 def equations(jaxpr):
-    """Those of inner programs too."""
+    """All equations of a jaxpr, those of inner jaxprs included."""
     for equation in jaxpr.eqns:
         yield equation
         values = list(equation.params.values())

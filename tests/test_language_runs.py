@@ -94,8 +94,8 @@ def test_cut_off_and_resumed_is_the_same(tmp_path, monkeypatch):
 def test_learning_rate_of_the_loop(cosine):
     """r / 2 (1 + cos(pi c t / T)) at step t of T."""
     settings = translation.USUAL._replace(learning_rate=2e-3, cosine=cosine)
-    steps = np.arange(0, 1000, 8)
-    rates = np.broadcast_to(sparsify.learning_rate(settings, 1000)(steps), steps.shape)
+    steps = np.arange(0, 1001, 8)
+    rates = np.broadcast_to(sparsify.loop_schedule(settings, 1000)(steps), steps.shape)
     wanted = 1e-3 * (1 + np.cos(np.pi * cosine * steps / 1000))
     np.testing.assert_allclose(rates, wanted, rtol=1e-4, atol=1e-9)
 
@@ -105,18 +105,21 @@ def test_figure_shows_means_bands_and_smaller_networks():
         points = [{"level": 0.5, "sparsity": 0.52, "bleu": bleu}]
         points += [{"level": 0.9, "sparsity": 0.9, "bleu": bleu - 10}]
         shared = {"data": "pairs", "digest": "a", "parameters": 1000, "seed": seed}
+        shared["settings"] = {"width": 64, "bfloat16": True}
         return shared | {"dense": {"bleu": bleu + 5}, "points": points}
 
     def alone(digest, width, parameters):
-        settings = {"width": width}
+        settings = {"width": width, "bfloat16": width == 24}
         return {"digest": digest, "parameters": parameters, "settings": settings, "bleu": width / 2}
 
-    smaller = [alone("a", 32, 250), alone("a", 8, 50), alone("a", 64, 1000), alone("b", 16, 250)]
+    smaller = [alone("a", 32, 250), alone("a", 24, 200), alone("a", 8, 50), alone("b", 16, 250)]
+    smaller += [alone("a", 64, 1000)]  # not smaller; before it one too sparse, and another text
     (axes,) = tables.figure({"paper": [record(0, 20), record(1, 24)]}, smaller).axes
     lines = {line.get_label(): np.transpose(line.get_data()) for line in axes.lines}
-    assert list(lines) == ["dense", "dense, width 32", "paper"]
+    assert list(lines) == ["dense", "dense, width 32, float32", "dense, width 24", "paper"]
     np.testing.assert_allclose(lines["dense"][:, 1], 27)
-    np.testing.assert_allclose(lines["dense, width 32"], [[75, 16]])
+    np.testing.assert_allclose(lines["dense, width 32, float32"], [[75, 16]])
+    np.testing.assert_allclose(lines["dense, width 24"], [[80, 12]])
     np.testing.assert_allclose(lines["paper"], [[52, 22], [90, 12]])
     (band,) = axes.collections
     corners = {tuple(map(float, np.round(corner, 6))) for corner in band.get_paths()[0].vertices}
@@ -221,6 +224,7 @@ def test_dialogues_from_files(tmp_path):
     assert record["pairs"] == [4, 2]
     assert record["settings"]["beams"] == 2  # what is given goes before --authors
     assert record["settings"]["patience"] == 10
+    assert record["settings"]["cosine"] == 0.8  # 40 epochs of a cosine of 50
 
 
 @pytest.mark.slow
@@ -302,6 +306,8 @@ def test_wrong_options(tmp_path, capsys):
         (["--interval", "0"], "interval: 0 is too small"),
         (["--dropout", "1"], "dropout: 1.0 must be less than 1"),
         (["--share", "1.3"], "share: 1.3 is a share, 1 at most"),
+        (["--cosine", "1.3"], "cosine: 1.3 is a share, 1 at most"),
+        (["--cosine", "-1"], "cosine: -1.0 is too small"),
         (["--method", "paper", "--strength", "1"], "paper has 1e-05 and no other"),
     ):
         with pytest.raises(SystemExit):

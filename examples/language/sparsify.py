@@ -69,8 +69,8 @@ def sparsify(
     """Trains the dense network of a seed, prunes it, and tunes the networks that are reported.
 
     The paper's algorithm: from the dense network a loop of checks, Adam (0.85, 0.997), its learning
-    rate going down a cosine or a part of one; then a few epochs for each network without the
-    regularizer, its zeros kept.
+    rate that of :func:`loop_schedule`; then a few epochs for each network without the regularizer,
+    its zeros kept.
 
     Args:
       bench: the experiment.
@@ -99,7 +99,7 @@ def sparsify(
     )
     interval = settings.accumulate * -(-settings.interval // settings.accumulate)
     checks = max(1, settings.loop_epochs * bench.steps // interval)
-    rate = learning_rate(settings, checks * interval // settings.accumulate)
+    rate = loop_schedule(settings, checks * interval // settings.accumulate)
     steps_per_epoch = max(1, bench.steps // settings.accumulate)
     tx = experiment.accumulated(
         settings, sj.hold_zeros(method.optimizer(rate, strength, steps_per_epoch))
@@ -151,7 +151,7 @@ def sparsify(
     how = f"{settings.tune_epochs}-{_decoding(settings)}"
     of_dense = folder.parent / f"tuned-dense-seed{seed}-{how}"
     of_dense.mkdir(exist_ok=True)
-    if not _file(of_dense, "good", 0.0).exists():
+    if not _file(of_dense, "good", 0.0).exists():  # a run may be taken up again and again
         sj.save_sparse(_file(of_dense, "good", 0.0), dense.params)
     what = {"settings": settings._asdict(), "dialogue": bool(bench.corpus.symbols)}
     points = []
@@ -180,11 +180,11 @@ def sparsify(
     )
 
 
-def learning_rate(settings: experiment.Settings, steps: int) -> optax.Schedule:
-    """In a loop of so many steps: the first part of a longer cosine, or all of one, or none."""
+def loop_schedule(settings: experiment.Settings, updates: int) -> optax.Schedule:
+    """The learning rate r / 2 (1 + cos(pi c t / T)) at update t of T, c the setting ``cosine``."""
     if settings.cosine == 0:
         return optax.constant_schedule(settings.learning_rate)
-    return optax.cosine_decay_schedule(settings.learning_rate, round(steps / settings.cosine))
+    return optax.cosine_decay_schedule(settings.learning_rate, round(updates / settings.cosine))
 
 
 def _bound(settings: experiment.Settings) -> Any:

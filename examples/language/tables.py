@@ -9,6 +9,7 @@ results/outputs.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,8 +152,8 @@ def bootstrap(folder: Path, corpus: str, records: Records) -> str:
 def figure(records: Records, smaller: Sequence[dict[str, Any]] = ()) -> Figure:
     """Test BLEU against sparsity: a line a method, a band from the lowest to the highest seed.
 
-    Smaller dense networks of the same text stand where a sparse one has as many weights left, if
-    the lines go so far.
+    Smaller dense networks of the same text stand where a sparse one has as many weights left, as
+    far as the sparsest network goes.
     """
     first = next(iter(records.values()))[0]
     picture = Figure(figsize=(8, 5), layout="constrained", dpi=110)
@@ -162,11 +163,17 @@ def figure(records: Records, smaller: Sequence[dict[str, Any]] = ()) -> Figure:
     reached = [
         point["sparsity"] for runs in records.values() for run in runs for point in run["points"]
     ]
-    for each in smaller:
-        sparsity = 1 - each["parameters"] / first["parameters"]
-        if each["digest"] == first["digest"] and 0 < sparsity <= max(reached, default=0):
-            label = f"dense, width {each['settings']['width']}"
-            axes.plot(100 * sparsity, each["bleu"], "kx", label=label)
+    sizes = [1 - each["parameters"] / first["parameters"] for each in smaller]
+    shown = [
+        (100 * sparsity, each)
+        for sparsity, each in zip(sizes, smaller, strict=True)
+        if each["digest"] == first["digest"] and 0 < sparsity <= max(reached, default=0)
+    ]
+    for (sparsity, each), marker in zip(shown, itertools.cycle("x+1")):
+        label = f"dense, width {each['settings']['width']}"
+        if each["settings"]["bfloat16"] != first["settings"]["bfloat16"]:
+            label += ", bfloat16" if each["settings"]["bfloat16"] else ", float32"
+        axes.plot(sparsity, each["bleu"], "k" + marker, label=label)
     for i, (method, runs) in enumerate(records.items()):
         found = []
         for level in LEVELS:
