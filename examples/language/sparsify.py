@@ -181,7 +181,7 @@ def sparsify(
 
 
 def loop_schedule(settings: experiment.Settings, updates: int) -> optax.Schedule:
-    """The learning rate r / 2 (1 + cos(pi c t / T)) at update t of T, c the setting ``cosine``."""
+    """The rate r / 2 (1 + cos(pi c t / T)) at update t of T; r and c are settings."""
     if settings.cosine == 0:
         return optax.constant_schedule(settings.learning_rate)
     return optax.cosine_decay_schedule(settings.learning_rate, round(updates / settings.cosine))

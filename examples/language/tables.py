@@ -160,14 +160,15 @@ def figure(records: Records, smaller: Sequence[dict[str, Any]] = ()) -> Figure:
     axes = picture.subplots()
     dense = np.mean([each["bleu"] for each in _dense(records)])
     axes.axhline(dense, color="0.6", linewidth=1, label="dense")
-    reached = [
-        point["sparsity"] for runs in records.values() for run in runs for point in run["points"]
-    ]
-    sizes = [1 - each["parameters"] / first["parameters"] for each in smaller]
+    furthest = max(
+        (p["sparsity"] for runs in records.values() for run in runs for p in run["points"]),
+        default=0.0,
+    )
     shown = [
         (100 * sparsity, each)
-        for sparsity, each in zip(sizes, smaller, strict=True)
-        if each["digest"] == first["digest"] and 0 < sparsity <= max(reached, default=0)
+        for each in smaller
+        if each["digest"] == first["digest"]
+        and 0 < (sparsity := 1 - each["parameters"] / first["parameters"]) <= furthest
     ]
     for (sparsity, each), marker in zip(shown, itertools.cycle("x+1")):
         label = f"dense, width {each['settings']['width']}"
