@@ -67,6 +67,7 @@ def run(
     deadline: float | None = None,
     progress_bar: bool = True,
     report: bool = False,
+    levels: Sequence[float] = (),
 ) -> dict[str, Any]:
     """One run and its record, ``OUT/NETWORK-DATASET-METHOD-seedN.json``; see :mod:`.sparsify`.
 
@@ -78,7 +79,14 @@ def run(
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     done = sparsify.sparsify(
-        bench, row, strength, seed, folder=folder, deadline=deadline, progress_bar=progress_bar
+        bench,
+        row,
+        strength,
+        seed,
+        levels=levels if row.bounded else (),
+        folder=folder,
+        deadline=deadline,
+        progress_bar=progress_bar,
     )
     params, model_state = done.sparse.params, done.sparse.model_state
     layers = sj.summary(params, done.mask)
@@ -123,6 +131,10 @@ def run(
             [round(point.sparsity, 6), point.validation, round(error(point), 3)]
             for point in done.curve
         ],
+        "tuned": {
+            f"{level:g}": [point.sparsity, point.validation, round(error(point), 3)]
+            for level, point in done.tuned.items()
+        },
         "layers": [layer._asdict() for layer in layers],
         "checks": len(done.history),
         "seconds": done.seconds,
@@ -210,7 +222,11 @@ def summarize(console: Console, records: list[dict[str, Any]]) -> None:
 
 
 def main(
-    network: str, dataset: str, description: str, arguments: list[str] | None = None
+    network: str,
+    dataset: str,
+    description: str,
+    arguments: list[str] | None = None,
+    levels: Sequence[float] = (),
 ) -> list[dict[str, Any]]:
     """The command line of one network.
 
@@ -219,6 +235,7 @@ def main(
       dataset: the one that is taken without a flag.
       description: the script's docstring.
       arguments: instead of the process's.
+      levels: sparsities at which a network is tuned and measured; see :mod:`.sparsify`.
 
     Returns:
       The records.
@@ -290,6 +307,7 @@ def main(
                         resume=options.resume,
                         deadline=deadline,
                         report=options.report,
+                        levels=levels,
                     )
                 except sj.PruningError as wrong:  # a dense network below the bound, say
                     console.print(f"{method}, seed {seed}: {wrong}", style="red")

@@ -290,7 +290,7 @@ STRENGTHS = {
     "lenet300-mnist": _MNIST,
     "lenet5-mnist": _FEW | {"longer": 1e-3, "none": 0.08},
     "lenet5-fashion_mnist": _FEW | {"longer": 1e-3, "none": 0.1},
-    "resnet32-cifar10": _FEW | {"none": 0.1},
+    "resnet32-cifar10": _FEW | {"none": 0.1, "l1": 1e-5},
 }
 
 # The bounds of methods that have another one than our recipe. Without going back and tuning the

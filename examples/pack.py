@@ -3,7 +3,8 @@ r"""A data set of images in one compact file, for a machine without network or t
     python -m examples.pack cifar10 --data-dir DIR cifar10.npz
     python -m examples.resnet32 --data-dir cifar10.npz     # there; it needs Pillow
 
-The image files go over as they are (PNG or JPEG), one after the other: 53 MiB for CIFAR-10 as JPEG.
+The image files go over as they are (PNG or JPEG), one after the other, and deflated, since all JPEG
+files begin alike: 18 MiB instead of 53 for CIFAR-10 as JPEG.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def pack(name: str, data_dir: str | Path | None, path: Path) -> None:
         arrays[f"{split}_files"] = np.frombuffer(b"".join(encoded), np.uint8)
         arrays[f"{split}_ends"] = np.cumsum([len(file) for file in encoded])
         arrays[f"{split}_labels"] = np.array(labels, np.int32)
-    np.savez(path, **arrays)
+    np.savez_compressed(path, **arrays)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """One run: a method makes the network of a seed sparse, within the budget of its experiment."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from .methods import Method
 
 ROUNDS = 8  # of a method that rewinds
 SMALLER = 0.9  # a point of the curve has so much of the parameters of the point before, or less
+TUNED = 0.06  # share of the budget for which a network at a level is tuned
 
 
 class Point(NamedTuple):
@@ -36,6 +37,7 @@ class Run(NamedTuple):
     mask: Any
     history: list[sj.Check]
     curve: list[Point]  # of networks that met the bound, sparser and sparser
+    tuned: dict[float, Point]  # by level
     before: Point  # the dense network
     after: Point  # the end
     bound: float
@@ -50,6 +52,7 @@ def sparsify(
     seed: int,
     *,
     test: bool = True,
+    levels: Sequence[float] = (),
     folder: Path | None = None,
     deadline: float | None = None,
     progress_bar: bool = False,
@@ -62,6 +65,8 @@ def sparsify(
       strength: its own number.
       seed: of the initial weights and of the order of the images.
       test: whether the test images are looked at, for the record.
+      levels: sparsities, of a method with a bound: the first network that met it with so many zeros
+        is tuned by Adam, its zeros kept; at 0 the dense one. They need a folder.
       folder: for the checkpoints of this run; the dense network's are beside it. A run that was cut
         off is taken up there.
       deadline: the ``time.monotonic()`` at which to save a checkpoint and stop.
@@ -102,8 +107,13 @@ def sparsify(
         nonlocal saved
         history.append(check)
         smaller = not curve or 1 - check.sparsity <= SMALLER * (1 - curve[-1].sparsity)
-        if method.bounded and check.met_bound and smaller:
-            curve.append(point(state.good, state.progress.good_metric))
+        if method.bounded and check.met_bound:
+            if smaller:
+                curve.append(point(state.good, state.progress.good_metric))
+            for level in levels:
+                file = _file(folder, level)
+                if check.sparsity >= level - 0.002 and not file.exists():
+                    sj.save_sparse(file, trainer.variables(state.good))
         late = overdue()
         due = late or pruning.done(state) or time.monotonic() > saved + checkpoints.SECONDS
         if loop_folder is not None and due:
@@ -113,18 +123,40 @@ def sparsify(
         if late:
             raise OutOfTime
 
+    for level in levels:
+        _file(folder, level).parent.mkdir(parents=True, exist_ok=True)
+    if 0 in levels:
+        sj.save_sparse(_file(folder, 0), trainer.variables(dense.trained))
     state, _ = sj.run_pruning(pruning, state, on_check=on_check, progress_bar=progress_bar)
     record = state.current
     if method.bounded:
         record = state.good
         curve.append(point(record, state.progress.good_metric))
-    record, tuning = _tuned(bench, method, record, folder and folder / "tuning", overdue)
+    record, tuning = _tuned(
+        _tuning(bench, method.tuner, method.tune),
+        record,
+        sj.held_mask(record.params, record.opt_state),
+        folder and folder / "tuning",
+        overdue,
+    )
+    tuned, at_levels = {}, _tuning(bench, optax.adam, TUNED if levels else 0.0)
+    for level in levels:
+        file = _file(folder, level)
+        if file.exists():
+            network, _ = sj.load_sparse(file, like=trainer.variables(dense.trained))
+            params = {"params": network.pop("params")}
+            there = dense.trained._replace(params=params, model_state=network)
+            mask = jax.tree.map(lambda leaf: leaf != 0, params)
+            kept_in = file.with_name(f"tuning-{level:g}")
+            there, seconds = _tuned(at_levels, there, mask, kept_in, overdue)
+            tuned[level], tuning = point(there), tuning + seconds
     return Run(
         record,
         dense.trained,
         mask_of(record),
         history,
         curve,
+        tuned,
         point(dense.trained),
         point(record),
         float(state.progress.bound),
@@ -224,26 +256,47 @@ def rewinding(
     return one_round
 
 
-def _tuned(
+def _file(folder: Path | None, level: float) -> Path:
+    if folder is None:
+        raise ValueError("levels: the networks at these sparsities need a folder.")
+    return folder / f"good-{level:g}.safetensors"
+
+
+class _Tuning(NamedTuple):
+    """Training on with the zeros kept, the learning rate falling to 0."""
+
+    tx: optax.GradientTransformation
+    train: Callable[[trainer.Record], trainer.Record]  # an epoch
+    epochs: int
+
+
+def _tuning(
     bench: Experiment,
-    method: Method,
+    tuner: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation],
+    share: float,
+) -> _Tuning:
+    epochs = round(bench.settings.epochs * share)
+    rate = optax.cosine_decay_schedule(bench.settings.learning_rate, max(1, epochs * bench.epoch))
+    tx = sj.hold_zeros(tuner(rate))
+    return _Tuning(tx, bench.trainer(tx, bench.epoch), epochs)
+
+
+def _tuned(
+    tuning: _Tuning,
     record: trainer.Record,
+    mask: Any,
     folder: Path | None,
     overdue: Callable[[], bool],
 ) -> tuple[trainer.Record, float]:
-    """The network trained on, its zeros kept, and the seconds that it took."""
-    epochs = round(bench.settings.epochs * method.tune)
-    if not epochs:
+    """The network trained on, and the seconds that it took."""
+    params, opt_state = sj.prune(tuning.tx, record.params, tuning.tx.init(record.params), mask)
+    record = record._replace(params=params, opt_state=opt_state)
+    if not tuning.epochs:
         return record, 0.0
-    falling = optax.cosine_decay_schedule(bench.settings.learning_rate, epochs * bench.epoch)
-    tx = sj.hold_zeros(method.tuner(falling))
-    mask = sj.held_mask(record.params, record.opt_state)
-    params, opt_state = sj.prune(tx, record.params, tx.init(record.params), mask)
-    train = bench.trainer(tx, bench.epoch)
     return checkpoints.epochs(
-        lambda record, epoch: train(jax.tree.map(jnp.copy, record)),
-        record._replace(params=params, opt_state=opt_state),
-        epochs,
+        lambda record, epoch: tuning.train(jax.tree.map(jnp.copy, record)),
+        record,
+        tuning.epochs,
         folder,
         overdue,
     )

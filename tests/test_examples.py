@@ -15,6 +15,7 @@ from PIL import Image
 import sparsereg_jax as sj
 from examples import (
     ablations,
+    command,
     data,
     experiment,
     figures,
@@ -33,6 +34,7 @@ from examples import (
 from examples.experiment import EXPERIMENTS
 from examples.methods import METHODS, STRENGTHS
 
+SETTINGS = EXPERIMENTS["lenet300-digits"]
 FEW = ["--dense-epochs", "1", "--interval", "5", "--bound", "0.02"]
 
 
@@ -125,6 +127,46 @@ def test_cut_off_and_resumed_is_the_same(method, tmp_path, capsys):
     (again,) = run(tmp_path / "slices", *few, "--resume", "--minutes", "0")
     assert again == json.loads(json.dumps(found[0]))
     assert run(tmp_path / "slices", *few, "--resume", "--minutes", "0", "--interval", "6") == []
+
+
+@pytest.mark.slow
+def test_networks_at_levels_are_the_first_that_met_the_bound(tmp_path, capsys):
+    levels = (0.0, 0.3, 0.5, 0.99)
+
+    def at_levels(name, epochs, *more):
+        few = [*FEW, "--method", "none", "--epochs", epochs, "--out", str(tmp_path / name)]
+        return command.main("lenet300", "digits", "", [*few, *more], levels)
+
+    # 0.06 of 6 epochs are none: nothing is tuned.
+    (as_found,) = at_levels("found", "6")
+    beside = tmp_path / "found" / "networks" / f"{command.stem(SETTINGS, 'none', 0)}.jsonl"
+    checks = [sj.check_from_json(line) for line in beside.read_text().splitlines()]
+    tuned = as_found["tuned"]
+    assert list(tuned) == ["0", "0.3", "0.5"]
+    assert tuned["0"][1:] == pytest.approx(
+        [as_found["dense_validation_accuracy"], as_found["dense_test_error"]], abs=1e-3
+    )
+    for level in (0.3, 0.5):
+        check = next(each for each in checks if each.met_bound and each.sparsity >= level)
+        expected = [check.sparsity, check.metric]
+        assert tuned[f"{level:g}"][:2] == pytest.approx(expected, abs=1e-3)
+
+    (whole,) = at_levels("whole", "15")  # one epoch of tuning each
+    assert whole["tuned"]["0"][1:] != whole["tuned"]["0.3"][1:]
+    for level in ("0.3", "0.5"):
+        assert whole["tuned"][level][0] == pytest.approx(as_found["tuned"][level][0], abs=1e-3)
+    stops = 0
+    while not (found := at_levels("slices", "15", "--resume", "--minutes", "0")):
+        stops += 1
+    assert stops == 1 + whole["checks"] + 3  # epochs, checks, and epochs again
+    assert found[0]["tuned"] == whole["tuned"]
+    capsys.readouterr()
+
+
+def test_levels_need_a_folder():
+    settings = SETTINGS._replace(dense_epochs=0, epochs=5, bound=0.0)
+    with pytest.raises(ValueError, match="levels: the networks at these sparsities need a folder"):
+        sparsify.sparsify(experiment.load(settings), METHODS["none"], 0.1, 0, levels=(0.5,))
 
 
 def test_a_rewound_round_starts_from_the_early_weights():

@@ -314,3 +314,12 @@ def test_wrong_options(tmp_path, capsys):
             translation.main([*arguments, "--out", str(tmp_path)])
         assert said in capsys.readouterr().err
     assert command.SHOWN in sparsify.LEVELS
+
+
+def test_signatures_are_there_before_anything_is_scored(monkeypatch):
+    """A run that is taken up when all its networks have their scores."""
+    for metric in ("BLEU", "CHRF"):
+        monkeypatch.setattr(experiment, metric, type(getattr(experiment, metric))())
+    bleu, chrf = experiment.signatures()
+    assert "nrefs:1|case:mixed" in bleu
+    assert "nrefs:1|case:mixed" in chrf

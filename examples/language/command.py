@@ -22,7 +22,7 @@ from ..hardware import hardware
 from ..methods import fingerprint
 from . import experiment, sparsify
 from .corpora import Corpus
-from .experiment import BLEU, CHRF, Experiment, Scores, Settings
+from .experiment import Experiment, Scores, Settings
 from .methods import METHODS, STRENGTHS
 from .sparsify import Run
 
@@ -112,7 +112,7 @@ def run(
         "strength": strength,
         "seed": seed,
         "settings": settings._asdict(),
-        "signatures": [str(BLEU.get_signature()), str(CHRF.get_signature())],
+        "signatures": experiment.signatures(),
         "bound": done.bound,
         "dense_metric": done.dense_metric,
         "dense": _numbers(done.dense),

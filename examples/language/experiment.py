@@ -236,6 +236,13 @@ def bleu(outputs: Sequence[str], references: Sequence[str]) -> float:
     return BLEU.corpus_score(list(outputs), [list(references)]).score
 
 
+def signatures() -> list[str]:
+    """sacrebleu's, of BLEU and chrF; it has them only when something was scored."""
+    for metric in (BLEU, CHRF):
+        metric.corpus_score(["a"], [["a"]])
+    return [str(metric.get_signature()) for metric in (BLEU, CHRF)]
+
+
 def scores(experiment: Experiment, params: Any) -> Scores:
     """On validation pairs; on the test pairs by beam search."""
     began, test = time.monotonic(), experiment.test
