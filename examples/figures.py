@@ -1,5 +1,6 @@
 """Pictures of what the loop did."""
 
+import re
 from typing import Any
 
 import jax
@@ -38,8 +39,7 @@ def _curve(axes, history, bound):
     axes.plot(compression[met], accuracy[met], ".", color="C0", markersize=4, label="met the bound")
     axes.plot(compression[~met], accuracy[~met], "x", color="C3", markersize=4, label="missed it")
     axes.set_xlim(0.9 * compression.min(), 1.1 * compression.max())
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    _logarithmic(axes, "x")
     axes.set_xlabel("compression: all parameters / kept parameters")
     axes.set_ylabel("validation accuracy at each check, %")
     # A first check after a large pruning may lie far below; the neighbourhood of the bound matters.
@@ -88,8 +88,9 @@ def comparison(records: Records, masks: dict[str, Any]) -> Figure:
       masks: by method, the kept weights of one network; may be empty.
 
     Returns:
-      Compression against test error, where bands reach from the lowest to the highest seed and
-      points are the runs' ends; the share kept in each layer; maps of the first layer's weights.
+      Compression against test error, where bands reach from the lowest to the highest seed, points
+      are the runs' ends and diamonds networks tuned at levels of sparsity; the share kept in each
+      layer; maps of the first layer's weights.
     """
     first = next(iter(records.values()))[0]
     rows = 2 if masks else 1
@@ -112,7 +113,8 @@ def comparison(records: Records, masks: dict[str, Any]) -> Figure:
 
 
 def _tradeoff(axes, records, colors):
-    dense = np.mean([run["dense_test_error"] for runs in records.values() for run in runs])
+    all_runs = [run for runs in records.values() for run in runs]
+    dense = np.mean([run["dense_test_error"] for run in all_runs])
     axes.axhline(dense, color="0.6", linewidth=1, label="dense")
     ends, lowest = [], dense
     for i, (method, runs) in enumerate(records.items()):
@@ -129,10 +131,16 @@ def _tradeoff(axes, records, colors):
         points = [(1 / (1 - run["sparsity"]), run["test_error"]) for run in runs]
         axes.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=method)
         ends += points
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        tuned = [run["tuned"] for run in runs if run.get("tuned")]
+        if tuned:
+            shared = sorted(set.intersection(*map(set, tuned)), key=float)
+            means = np.mean([[run[level] for level in shared] for run in tuned], axis=0)
+            axes.plot(1 / (1 - means[:, 0]), means[:, 2], "D:", color=color, markersize=4)
+            lowest = min(lowest, means[:, 2].min())
+    _logarithmic(axes, "x")
     axes.set_xlabel("compression: all parameters / kept parameters")
-    axes.set_ylabel("test error, % (curves: before tuning)")
+    diamonds = ", diamonds: tuned there" if any(run.get("tuned") for run in all_runs) else ""
+    axes.set_ylabel(f"test error, % (curves: before tuning{diamonds})")
     wrong = [y for _, y in ends]
     lowest = min(lowest, *wrong)
     axes.set_ylim(0.95 * lowest, max(1.1 * dense, min(1.1 * max(wrong), 2.5 * dense)))
@@ -158,7 +166,7 @@ def _layers(axes, records, colors):
             if layer["path"].endswith("kernel")
         }
 
-    names = list(kept(records[shown[0]][0]))
+    names = sorted(kept(records[shown[0]][0]), key=_natural)
     height = 0.8 / len(shown)
     for i, method in enumerate(shown):
         shares = [[100 * (1 - kept(run)[name]) for name in names] for run in records[method]]
@@ -166,7 +174,19 @@ def _layers(axes, records, colors):
         axes.barh(places, np.mean(shares, axis=0), height, color=colors[method], label=method)
     axes.set_yticks(np.arange(len(names)), names, fontsize=8 if len(names) < 12 else 5)
     axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    _logarithmic(axes, " %")
     axes.set_xlabel("weights kept in each layer")
     axes.legend(frameon=False, fontsize=8)
+
+
+def _natural(name):
+    """For sorting: numbers within a name by their value, so that layer 2 is before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _logarithmic(axes, unit):
+    axes.set_xscale("log")
+    lowest, highest = axes.get_xlim()
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}{unit}")
+    if highest < 10 * lowest:  # there would be one label or none
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}{unit}")

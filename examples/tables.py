@@ -127,6 +127,35 @@ def on_the_way(records: Records, accuracies: Sequence[float]) -> str:
     return "\n".join(lines)
 
 
+def at_levels(records: Records) -> str:
+    """Networks tuned at levels of sparsity: a row a method, in Markdown; "" if there are none."""
+    tuned = {
+        method: [run["tuned"] for run in runs if run.get("tuned")]
+        for method, runs in records.items()
+    }
+    levels = sorted({float(level) for runs in tuned.values() for run in runs for level in run})
+    if not levels:
+        return ""
+    heads = [f"{100 * level:g} %" if level else "dense, tuned" for level in levels]
+    lines = [
+        "| sparsity, % @ test error, % | seeds | " + " | ".join(heads) + " |",
+        "|---" * (2 + len(heads)) + "|",
+    ]
+    for method, runs in tuned.items():
+        cells = []
+        for level in levels:
+            points = [run[f"{level:g}"] for run in runs if f"{level:g}" in run]
+            if not points:
+                cells.append("-")
+                continue
+            few = f" ({len(points)} runs)" if len(points) < len(runs) else ""
+            sparsity = 100 * np.mean([point[0] for point in points])
+            cells.append(f"{sparsity:.2f} @ {_pm([point[2] for point in points])}{few}")
+        if runs:
+            lines.append(f"| {method} | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def comparison(records: Records, levels: Sequence[float]) -> str:
     """The gate against I = 1, in the paper's loop, paired by seed."""
     ours = "gate" if "gate" in records else "paper"
@@ -201,6 +230,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n## {first['settings']['network']}, {first['data']}\n")
         print(table(records), end="\n\n")
         print(on_the_way(records, ACCURACIES.get(experiment, ())), end="\n\n")
+        if tuned := at_levels(records):
+            print(tuned, end="\n\n")
         print(comparison(records, LEVELS))
         figure = figures.comparison(records, _masks(options.results, experiment, list(records)))
         figure.savefig(options.results / f"{experiment}.png")

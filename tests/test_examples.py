@@ -409,6 +409,35 @@ def test_sparsest_networks_at_an_accuracy():
     assert text.splitlines()[2:] == ["| l2 | 75.00 @ 2.25 (2 runs) | 53.33 @ 2.17 | - |"]
 
 
+def test_networks_tuned_at_levels():
+    def tuned(seed, **levels):
+        return record("l2", seed, 0.9, 4.0, []) | {"tuned": levels}
+
+    runs = [
+        tuned(0, **{"0": [0.0, 0.9, 8.0], "0.8": [0.81, 0.9, 9.0], "0.95": [0.951, 0.9, 11.0]}),
+        tuned(1, **{"0": [0.0, 0.9, 8.5], "0.8": [0.80, 0.9, 9.0]}),
+    ]
+    rows = tables.at_levels({"l2": runs, "none": [record("none", 0, 0.9, 4.0, [])]}).splitlines()
+    assert rows[0].endswith("| dense, tuned | 80 % | 95 % |")
+    half = 12.7062047 * 0.25  # Student's t of one degree of freedom; deviation / sqrt(2) = 0.25
+    assert rows[2:] == [
+        f"| l2 | 2 | 0.00 @ 8.25 ± {half:.2f} | 80.50 @ 9.00 ± 0.00 | 95.10 @ 11.00 (1 runs) |"
+    ]
+    assert tables.at_levels({"none": [record("none", 0, 0.9, 4.0, [])]}) == ""
+
+    for run in runs:
+        run |= {"settings": {"network": "resnet32"}, "data": "cifar10", "dense_test_error": 8.0}
+        paths = [f"params/{name}/kernel" for name in ("Conv_0", "Conv_10", "Conv_2", "Dense_0")]
+        run["layers"] = [{"path": path, "sparsity": 0.9} for path in paths]
+    tradeoff, layers = figures.comparison({"l2": runs}, {}).axes
+    names = [label.get_text() for label in layers.get_yticklabels()]
+    assert names == ["Conv_0", "Conv_2", "Conv_10", "Dense_0"]
+    lines = [np.transpose(line.get_data()) for line in tradeoff.lines]
+    expected = [[1, 8.25], [1 / (1 - 0.805), 9]]  # what both have
+    assert any(line.shape == (2, 2) and np.allclose(line, expected) for line in lines)
+    assert "diamonds: tuned there" in tradeoff.get_ylabel()
+
+
 def test_numbers_of_the_tables():
     mean, half = tables.interval([1.0, 2.0, 4.0])
     assert mean == pytest.approx(7 / 3)

@@ -15,8 +15,9 @@ import tensorflow_datasets as tfds
 
 import sparsereg_jax as sj
 from examples import dialogue, translation, wmt14
-from examples.language import command, experiment, samples, sparsify, tables, write
+from examples.language import command, corpora, experiment, samples, sparsify, tables, write
 from examples.language.corpora import Pairs
+from examples.language.methods import METHODS
 from examples.language.transformer import Transformer
 
 from .test_corpora import write_taskmaster, write_tiny
@@ -100,20 +101,43 @@ def test_learning_rate_of_the_loop(cosine):
     np.testing.assert_allclose(rates, wanted, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize(("accumulate", "interval", "updates"), [(1, 4, 16), (3, 4, 4), (4, 8, 4)])
+def test_schedule_of_the_loop_counts_updates(accumulate, interval, updates, tmp_path, monkeypatch):
+    """In 2 epochs of 8 batches; an interval of 4 is rounded up to 6 batches, that is 2 updates."""
+
+    class Asked(Exception):
+        pass
+
+    def schedule(settings, number):
+        raise Asked(number)
+
+    settings = translation.USUAL._replace(
+        vocabulary=60, width=16, hidden=16, heads=2, layers=1, row=16, source_length=16,
+        target_length=16, batch=1, dense_epochs=0, loop_epochs=2, train_pairs=40,
+        accumulate=accumulate, interval=interval,
+    )  # fmt: skip
+    bench = experiment.load(settings, corpora.tsv(write_pairs(tmp_path)))
+    bench = bench._replace(steps=8)
+    monkeypatch.setattr(sparsify, "loop_schedule", schedule)
+    with pytest.raises(Asked, match=f"^{updates}$"):
+        sparsify.sparsify(bench, METHODS["none"], 0.0, 0, tmp_path / "run")
+
+
 def test_figure_shows_means_bands_and_smaller_networks():
     def record(seed, bleu):
         points = [{"level": 0.5, "sparsity": 0.52, "bleu": bleu}]
         points += [{"level": 0.9, "sparsity": 0.9, "bleu": bleu - 10}]
         shared = {"data": "pairs", "digest": "a", "parameters": 1000, "seed": seed}
-        shared["settings"] = {"width": 64, "bfloat16": True}
+        shared["settings"] = {"width": 64, "bfloat16": True, "dense_epochs": 40, "beams": 4}
         return shared | {"dense": {"bleu": bleu + 5}, "points": points}
 
-    def alone(digest, width, parameters):
-        settings = {"width": width, "bfloat16": width == 24}
+    def alone(digest, width, parameters, epochs=40):
+        settings = {"width": width, "bfloat16": width == 24, "dense_epochs": epochs}
         return {"digest": digest, "parameters": parameters, "settings": settings, "bleu": width / 2}
 
     smaller = [alone("a", 32, 250), alone("a", 24, 200), alone("a", 8, 50), alone("b", 16, 250)]
-    smaller += [alone("a", 64, 1000)]  # not smaller; before it one too sparse, and another text
+    # Before these one is too sparse and one of another text; not smaller, and trained for less.
+    smaller += [alone("a", 64, 1000), alone("a", 28, 250, epochs=20)]
     (axes,) = tables.figure({"paper": [record(0, 20), record(1, 24)]}, smaller).axes
     lines = {line.get_label(): np.transpose(line.get_data()) for line in axes.lines}
     assert list(lines) == ["dense", "dense, width 32, float32", "dense, width 24", "paper"]

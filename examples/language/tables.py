@@ -26,6 +26,11 @@ from .methods import METHODS
 from .sparsify import KINDS, LEVELS
 
 Records = dict[str, list[dict[str, Any]]]  # by method, a record a seed
+# What a dense network depends on beside its sizes and the precision of products.
+DENSE = (
+    *("vocabulary", "layers", "dropout", "source_length", "target_length", "row", "batch"),
+    *("dense_epochs", "train_pairs", "learning_rate", "warmup", "accumulate", "smoothing"),
+)
 
 
 def read(folder: Path) -> dict[str, Records]:
@@ -152,8 +157,8 @@ def bootstrap(folder: Path, corpus: str, records: Records) -> str:
 def figure(records: Records, smaller: Sequence[dict[str, Any]] = ()) -> Figure:
     """Test BLEU against sparsity: a line a method, a band from the lowest to the highest seed.
 
-    Smaller dense networks of the same text stand where a sparse one has as many weights left, as
-    far as the sparsest network goes.
+    Smaller dense networks of the same text, trained alike but for their sizes and the precision,
+    stand where a sparse one has as many weights left, as far as the sparsest network goes.
     """
     first = next(iter(records.values()))[0]
     picture = Figure(figsize=(8, 5), layout="constrained", dpi=110)
@@ -168,6 +173,7 @@ def figure(records: Records, smaller: Sequence[dict[str, Any]] = ()) -> Figure:
         (100 * sparsity, each)
         for each in smaller
         if each["digest"] == first["digest"]
+        and all(each["settings"].get(name) == first["settings"].get(name) for name in DENSE)
         and 0 < (sparsity := 1 - each["parameters"] / first["parameters"]) <= furthest
     ]
     for (sparsity, each), marker in zip(shown, itertools.cycle("x+1")):
