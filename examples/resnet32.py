@@ -14,8 +14,11 @@ table); ``cifar10.npz`` is one file of 18 MiB for a machine without network:
     python -m examples.resnet32 --data-dir cifar10.npz --bfloat16 --method paper none --resume \
         --minutes 8
 
-An interval is then one program over data on the device. The checkpoint of a run is 12 MB, that of a
-dense network 8 MB.
+An interval is then one program over data on the device: 21,000 steps for the dense network, 21,000
+a method in the loop. The loop is at the full learning rate and its bound (82 % of the validation
+images) a low one; so the first network with 80, 85, 90 and 95 % of zeros that met it is tuned for
+7 epochs, and the dense one likewise, and ``python -m examples.tables`` shows those. The checkpoint
+of a run is 12 MB, that of a dense network 8 MB.
 """
 
 import sys
