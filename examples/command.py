@@ -33,12 +33,14 @@ def recorded(
     out: Path, settings: Settings, method: str, strength: float, seed: int
 ) -> dict[str, Any] | None:
     """The record of just this run, with these settings; None where there is none."""
-    return record_with(
-        out / f"{stem(settings, method, seed)}.json",
-        settings=settings._asdict(),
-        fingerprint=fingerprint(METHODS[method]),
-        strength=strength,
-    )
+    wanted: dict[str, Any] = {
+        "settings": settings._asdict(),
+        "fingerprint": fingerprint(METHODS[method]),
+        "strength": strength,
+    }
+    if levels := experiment.levels(settings):
+        wanted["levels"] = list(levels)
+    return record_with(out / f"{stem(settings, method, seed)}.json", **wanted)
 
 
 def record_with(path: Path, **wanted: Any) -> dict[str, Any] | None:
@@ -67,11 +69,11 @@ def run(
     deadline: float | None = None,
     progress_bar: bool = True,
     report: bool = False,
-    levels: Sequence[float] = (),
 ) -> dict[str, Any]:
     """One run and its record, ``OUT/NETWORK-DATASET-METHOD-seedN.json``; see :mod:`.sparsify`.
 
-    Beside it, in ``OUT/networks``, are the params, a picture, and a line of JSON a check.
+    Beside it, in ``OUT/networks``, are the params, a picture, a line of JSON a check, and the
+    params of networks that were tuned at levels.
     """
     settings, row = bench.settings, METHODS[method]
     identity = hashlib.sha256(repr((settings, fingerprint(row))).encode()).hexdigest()[:8]
@@ -83,7 +85,7 @@ def run(
         row,
         strength,
         seed,
-        levels=levels if row.bounded else (),
+        levels=experiment.levels(settings) if row.bounded else (),
         folder=folder,
         deadline=deadline,
         progress_bar=progress_bar,
@@ -102,6 +104,8 @@ def run(
     beside.parent.mkdir(parents=True, exist_ok=True)
     network = beside.with_suffix(".safetensors")
     sj.save_sparse(network, trainer.variables(done.sparse))
+    for level, found in done.tuned.items():
+        sj.save_sparse(beside.with_name(f"{name}-{level:g}.safetensors"), found.network)
     lines = [sj.check_to_json(check) + "\n" for check in done.history]
     beside.with_suffix(".jsonl").write_text("".join(lines))
     record = {
@@ -131,13 +135,15 @@ def run(
             [round(point.sparsity, 6), point.validation, round(error(point), 3)]
             for point in done.curve
         ],
+        "levels": list(experiment.levels(settings)),
         "tuned": {
             f"{level:g}": [point.sparsity, point.validation, round(error(point), 3)]
-            for level, point in done.tuned.items()
+            for level, (point, _) in done.tuned.items()
         },
         "layers": [layer._asdict() for layer in layers],
         "checks": len(done.history),
         "seconds": done.seconds,
+        "tuned_seconds": done.tuned_seconds,
         "dense_seconds": done.dense_seconds,
         **hardware(),
     }
@@ -226,7 +232,6 @@ def main(
     dataset: str,
     description: str,
     arguments: list[str] | None = None,
-    levels: Sequence[float] = (),
 ) -> list[dict[str, Any]]:
     """The command line of one network.
 
@@ -235,7 +240,6 @@ def main(
       dataset: the one that is taken without a flag.
       description: the script's docstring.
       arguments: instead of the process's.
-      levels: sparsities at which a network is tuned and measured; see :mod:`.sparsify`.
 
     Returns:
       The records.
@@ -307,7 +311,6 @@ def main(
                         resume=options.resume,
                         deadline=deadline,
                         report=options.report,
-                        levels=levels,
                     )
                 except sj.PruningError as wrong:  # a dense network below the bound, say
                     console.print(f"{method}, seed {seed}: {wrong}", style="red")

@@ -55,6 +55,9 @@ EXPERIMENTS = {
 }
 
 
+# Sparsities at which networks on the way are tuned and measured; see :mod:`.sparsify`.
+LEVELS: dict[str, tuple[float, ...]] = {"resnet32-cifar10": (0.0, 0.8, 0.85, 0.9, 0.95)}
+
 # The data set whose settings others of the same network take.
 USUAL = {"lenet300": "mnist", "lenet5": "mnist", "resnet32": "cifar10"}
 
@@ -130,6 +133,11 @@ def settings(network: str, dataset: str) -> Settings:
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
     return EXPERIMENTS[f"{network}-{USUAL[network]}"]._replace(dataset=dataset, bound=None)
+
+
+def levels(settings: Settings) -> tuple[float, ...]:
+    """The sparsities of :data:`LEVELS` for an experiment; none for most."""
+    return LEVELS.get(f"{settings.network}-{settings.dataset}", ())
 
 
 def folder(out: Path, bench: Experiment) -> Path:

@@ -29,6 +29,13 @@ class Point(NamedTuple):
     test: float | None  # accuracy; None where it was not measured
 
 
+class Tuned(NamedTuple):
+    """A network on the way, tuned for itself."""
+
+    point: Point
+    network: Any  # its params, and running statistics beside them
+
+
 class Run(NamedTuple):
     """What came out."""
 
@@ -37,11 +44,12 @@ class Run(NamedTuple):
     mask: Any
     history: list[sj.Check]
     curve: list[Point]  # of networks that met the bound, sparser and sparser
-    tuned: dict[float, Point]  # by level
+    tuned: dict[float, Tuned]  # by level
     before: Point  # the dense network
     after: Point  # the end
     bound: float
-    seconds: float  # of the loop and the tuning
+    seconds: float  # of the loop and the tuning of its end
+    tuned_seconds: float  # of the tuning at levels
     dense_seconds: float
 
 
@@ -66,9 +74,9 @@ def sparsify(
       seed: of the initial weights and of the order of the images.
       test: whether the test images are looked at, for the record.
       levels: sparsities, of a method with a bound: the first network that met it with so many zeros
-        is tuned by Adam, its zeros kept; at 0 the dense one. They need a folder.
+        is tuned by Adam, its zeros kept; at 0 the dense one, once for all methods.
       folder: for the checkpoints of this run; the dense network's are beside it. A run that was cut
-        off is taken up there.
+        off is taken up there. Levels need it.
       deadline: the ``time.monotonic()`` at which to save a checkpoint and stop.
       progress_bar: shows one.
 
@@ -77,7 +85,7 @@ def sparsify(
 
     Raises:
       OutOfTime: the deadline has passed.
-      ValueError: the budget leaves no time for the loop.
+      ValueError: the budget leaves no time for the loop, or levels have no folder.
       PruningError: (a ValueError) the dense network misses the bound.
     """
 
@@ -93,14 +101,31 @@ def sparsify(
 
     interval, checks = _budget(bench, method)
     dense_folder = folder and folder.parent / f"dense-seed{seed}"
+    at_levels = _tuning(bench, optax.adam, TUNED if levels else 0.0)
+    places = _places(folder, levels, seed, at_levels.epochs)
     dense = experiment.dense(bench, seed, dense_folder, overdue)
+    tuned, tuned_seconds = {}, 0.0
+
+    def tune(level: float, network: Any) -> None:
+        nonlocal tuned_seconds
+        params = {"params": network["params"]}
+        statistics = {name: tree for name, tree in network.items() if name != "params"}
+        mask = jax.tree.map(lambda leaf: leaf != 0, params) if level else sj.full_mask(params)
+        record = dense.trained._replace(params=params, model_state=statistics)
+        record, seconds = _tuned(at_levels, record, mask, places[level], overdue)
+        tuned[level] = Tuned(point(record), trainer.variables(record))
+        tuned_seconds += seconds
+
+    if 0 in levels:
+        tune(0, trainer.variables(dense.trained))
     pruning, start = _loop(bench, method, strength, dense, interval, checks)
     state, history, curve = pruning.init(start), [], []
+    reached: list[float] = []
     loop_folder = folder and folder / "loop"
     if loop_folder is not None and (found := checkpoints.restore(loop_folder, state)):
         _, state, log = found
         history = [sj.check_from_json(line) for line in log["history"]]
-        curve = [Point(*each) for each in log["curve"]]
+        curve, reached = [Point(*each) for each in log["curve"]], log.get("reached", [])
     saved = time.monotonic()
 
     def on_check(state: sj.PruningState, check: sj.Check) -> None:
@@ -111,22 +136,19 @@ def sparsify(
             if smaller:
                 curve.append(point(state.good, state.progress.good_metric))
             for level in levels:
-                file = _file(folder, level)
-                if check.sparsity >= level - 0.002 and not file.exists():
-                    sj.save_sparse(file, trainer.variables(state.good))
+                if level and level not in reached and check.sparsity >= level - 0.002:
+                    sj.save_sparse(_good(places[level]), trainer.variables(state.good))
+                    reached.append(level)
         late = overdue()
         due = late or pruning.done(state) or time.monotonic() > saved + checkpoints.SECONDS
         if loop_folder is not None and due:
             lines = [sj.check_to_json(each) for each in history]
-            checkpoints.save(loop_folder, check.check, state, {"history": lines, "curve": curve})
+            log = {"history": lines, "curve": curve, "reached": reached}
+            checkpoints.save(loop_folder, check.check, state, log)
             saved = time.monotonic()
         if late:
             raise OutOfTime
 
-    for level in levels:
-        _file(folder, level).parent.mkdir(parents=True, exist_ok=True)
-    if 0 in levels:
-        sj.save_sparse(_file(folder, 0), trainer.variables(dense.trained))
     state, _ = sj.run_pruning(pruning, state, on_check=on_check, progress_bar=progress_bar)
     record = state.current
     if method.bounded:
@@ -139,17 +161,9 @@ def sparsify(
         folder and folder / "tuning",
         overdue,
     )
-    tuned, at_levels = {}, _tuning(bench, optax.adam, TUNED if levels else 0.0)
-    for level in levels:
-        file = _file(folder, level)
-        if file.exists():
-            network, _ = sj.load_sparse(file, like=trainer.variables(dense.trained))
-            params = {"params": network.pop("params")}
-            there = dense.trained._replace(params=params, model_state=network)
-            mask = jax.tree.map(lambda leaf: leaf != 0, params)
-            kept_in = file.with_name(f"tuning-{level:g}")
-            there, seconds = _tuned(at_levels, there, mask, kept_in, overdue)
-            tuned[level], tuning = point(there), tuning + seconds
+    for level in reached:
+        like = trainer.variables(dense.trained)
+        tune(level, sj.load_sparse(_good(places[level]), like=like)[0])
     return Run(
         record,
         dense.trained,
@@ -161,6 +175,7 @@ def sparsify(
         point(record),
         float(state.progress.bound),
         sum(check.seconds for check in history) + tuning,
+        tuned_seconds,
         dense.seconds,
     )
 
@@ -256,10 +271,22 @@ def rewinding(
     return one_round
 
 
-def _file(folder: Path | None, level: float) -> Path:
+def _places(
+    folder: Path | None, levels: Sequence[float], seed: int, epochs: int
+) -> dict[float, Path]:
+    """A folder for the tuning at each level; the dense network's is beside those of all runs."""
+    if not levels:
+        return {}
     if folder is None:
-        raise ValueError("levels: the networks at these sparsities need a folder.")
-    return folder / f"good-{level:g}.safetensors"
+        raise ValueError("folder: the networks at levels need one.")
+    folder.mkdir(parents=True, exist_ok=True)
+    places = {level: folder / f"tuning-{level:g}" for level in levels}
+    return places | {0: folder.parent / f"tuned-dense-seed{seed}-{epochs}"}
+
+
+def _good(place: Path) -> Path:
+    """The file of the network that is tuned there."""
+    return place.with_suffix(place.suffix + ".safetensors")
 
 
 class _Tuning(NamedTuple):
@@ -278,7 +305,9 @@ def _tuning(
     epochs = round(bench.settings.epochs * share)
     rate = optax.cosine_decay_schedule(bench.settings.learning_rate, max(1, epochs * bench.epoch))
     tx = sj.hold_zeros(tuner(rate))
-    return _Tuning(tx, bench.trainer(tx, bench.epoch), epochs)
+    # A trainer takes the images to the device, even if it is never called.
+    train = bench.trainer(tx, bench.epoch) if epochs else lambda record: record
+    return _Tuning(tx, train, epochs)
 
 
 def _tuned(

@@ -130,42 +130,89 @@ def test_cut_off_and_resumed_is_the_same(method, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_networks_at_levels_are_the_first_that_met_the_bound(tmp_path, capsys):
-    levels = (0.0, 0.3, 0.5, 0.99)
+def test_networks_at_levels(tmp_path, monkeypatch, capsys):
+    levels = (0.0, 0.3, 0.6, 0.99)
+    monkeypatch.setitem(experiment.LEVELS, "lenet300-digits", levels)
 
     def at_levels(name, epochs, *more):
-        few = [*FEW, "--method", "none", "--epochs", epochs, "--out", str(tmp_path / name)]
-        return command.main("lenet300", "digits", "", [*few, *more], levels)
+        return run(tmp_path / name, "--method", "none", *more, epochs=epochs)
 
     # 0.06 of 6 epochs are none: nothing is tuned.
     (as_found,) = at_levels("found", "6")
-    beside = tmp_path / "found" / "networks" / f"{command.stem(SETTINGS, 'none', 0)}.jsonl"
-    checks = [sj.check_from_json(line) for line in beside.read_text().splitlines()]
+    networks = tmp_path / "found" / "networks"
+    stem = command.stem(SETTINGS, "none", 0)
+    lines = (networks / f"{stem}.jsonl").read_text().splitlines()
+    checks = [sj.check_from_json(line) for line in lines]
     tuned = as_found["tuned"]
-    assert list(tuned) == ["0", "0.3", "0.5"]
+    assert list(tuned) == ["0", "0.3"]
     assert tuned["0"][1:] == pytest.approx(
         [as_found["dense_validation_accuracy"], as_found["dense_test_error"]], abs=1e-3
     )
-    for level in (0.3, 0.5):
-        check = next(each for each in checks if each.met_bound and each.sparsity >= level)
-        expected = [check.sparsity, check.metric]
-        assert tuned[f"{level:g}"][:2] == pytest.approx(expected, abs=1e-3)
+    first = next(each for each in checks if each.sparsity >= 0.3)
+    assert tuned["0.3"][:2] == pytest.approx([first.sparsity, first.metric], abs=1e-3)
+    sparse, _ = sj.load_sparse(networks / f"{stem}-0.3.safetensors")
+    kept = sum(np.count_nonzero(leaf) for leaf in jax.tree.leaves(sparse))
+    assert kept == round((1 - tuned["0.3"][0]) * as_found["parameters"])
 
     (whole,) = at_levels("whole", "15")  # one epoch of tuning each
-    assert whole["tuned"]["0"][1:] != whole["tuned"]["0.3"][1:]
-    for level in ("0.3", "0.5"):
-        assert whole["tuned"][level][0] == pytest.approx(as_found["tuned"][level][0], abs=1e-3)
+    assert list(whole["tuned"]) == ["0", "0.3", "0.6"]
+    dense = [whole["dense_validation_accuracy"], whole["dense_test_error"]]
+    assert whole["tuned"]["0"][1:] != pytest.approx(dense, abs=1e-3)
     stops = 0
     while not (found := at_levels("slices", "15", "--resume", "--minutes", "0")):
         stops += 1
-    assert stops == 1 + whole["checks"] + 3  # epochs, checks, and epochs again
+    assert stops == 1 + 1 + whole["checks"] + 2  # the dense network, tuned; checks; two tuned
     assert found[0]["tuned"] == whole["tuned"]
+    # The dense network is tuned once for all methods, and a record without levels is run again.
+    (place,) = (tmp_path / "slices").glob("checkpoints/*/tuned-dense-seed0-1")
+    before = place.stat().st_mtime_ns
+    (other,) = run(tmp_path / "slices", "--method", "paper", "--resume", epochs="15")
+    assert other["tuned"]["0"] == whole["tuned"]["0"]
+    assert place.stat().st_mtime_ns == before
+    monkeypatch.setitem(experiment.LEVELS, "lenet300-digits", (0.0, 0.5))
+    (again,) = at_levels("slices", "15", "--resume")
+    assert list(again["tuned"]) == ["0", "0.5"]
     capsys.readouterr()
 
 
+def test_a_network_at_a_level_has_met_the_bound(tmp_path):
+    settings = SETTINGS._replace(dense_epochs=1, epochs=6, interval=5, bound=0.5)
+    bench, missed = experiment.load(settings), []
+
+    def once_below(variables):
+        zeros = np.mean([np.mean(leaf == 0) for leaf in jax.tree.leaves(variables)])
+        missed.append(zeros >= 0.1 and True not in missed)
+        return 0.4 if missed[-1] else 0.9
+
+    bench = bench._replace(validation=once_below)
+    done = sparsify.sparsify(
+        bench, METHODS["none"], 0.12, 0, levels=(0.1,), folder=tmp_path / "run"
+    )
+    assert [check.met_bound for check in done.history[:4]] == [True, False, True, True]
+    assert [round(check.sparsity, 2) for check in done.history[:4]] == [0, 0.12, 0.12, 0.23]
+    assert done.tuned[0.1].point.sparsity == pytest.approx(0.12, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_level_reached_after_the_last_checkpoint_is_reached_again(tmp_path, monkeypatch):
+    """Killed between two checkpoints, what lay there already is not what the run came to."""
+    bench = experiment.load(SETTINGS._replace(dense_epochs=1, epochs=15, interval=5, bound=0.0))
+    arguments = (bench, METHODS["none"], 0.12, 0)
+    whole = sparsify.sparsify(*arguments, levels=(0.3,), folder=tmp_path / "whole" / "run")
+    stale = tmp_path / "stale" / "run" / "tuning-0.3.safetensors"
+    stale.parent.mkdir(parents=True)
+    sj.save_sparse(stale, jax.tree.map(jnp.zeros_like, trainer.variables(whole.dense)))
+    again = sparsify.sparsify(*arguments, levels=(0.3,), folder=stale.parent)
+    assert again.tuned[0.3].point == whole.tuned[0.3].point
+    # And of a level that this run does not come to, it is not.
+    stale.with_name("tuning-0.999.safetensors").write_bytes(stale.read_bytes())
+    rest = sparsify.sparsify(*arguments, levels=(0.3, 0.999), folder=stale.parent)
+    assert list(rest.tuned) == [0.3]
+
+
 def test_levels_need_a_folder():
-    settings = SETTINGS._replace(dense_epochs=0, epochs=5, bound=0.0)
-    with pytest.raises(ValueError, match="levels: the networks at these sparsities need a folder"):
+    settings = SETTINGS._replace(dense_epochs=0, epochs=5, interval=5, bound=0.0)
+    with pytest.raises(ValueError, match="folder: the networks at levels need one"):
         sparsify.sparsify(experiment.load(settings), METHODS["none"], 0.1, 0, levels=(0.5,))
 
 
