@@ -131,16 +131,17 @@ def _tradeoff(axes, records, colors):
         points = [(1 / (1 - run["sparsity"]), run["test_error"]) for run in runs]
         axes.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=method)
         ends += points
-        tuned = [run["tuned"] for run in runs if run.get("tuned")]
-        if tuned:
-            shared = sorted(set.intersection(*map(set, tuned)), key=float)
+        tuned = [run["tuned"] for run in runs if "tuned" in run]
+        shared = sorted(set.intersection(*map(set, tuned)), key=float) if tuned else []
+        if shared:
             means = np.mean([[run[level] for level in shared] for run in tuned], axis=0)
-            axes.plot(1 / (1 - means[:, 0]), means[:, 2], "D:", color=color, markersize=4)
-            lowest = min(lowest, means[:, 2].min())
+            diamonds = list(zip(1 / (1 - means[:, 0]), means[:, 2], strict=True))
+            axes.plot(*zip(*diamonds, strict=True), "D:", color=color, markersize=4)
+            ends += diamonds
     _logarithmic(axes, "x")
     axes.set_xlabel("compression: all parameters / kept parameters")
-    diamonds = ", diamonds: tuned there" if any(run.get("tuned") for run in all_runs) else ""
-    axes.set_ylabel(f"test error, % (curves: before tuning{diamonds})")
+    tuning = ", diamonds: tuned there" if any(run.get("tuned") for run in all_runs) else ""
+    axes.set_ylabel(f"test error, % (curves: before tuning{tuning})")
     wrong = [y for _, y in ends]
     lowest = min(lowest, *wrong)
     axes.set_ylim(0.95 * lowest, max(1.1 * dense, min(1.1 * max(wrong), 2.5 * dense)))

@@ -49,6 +49,7 @@ def hold_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
     adabelief          second moment rests at ``eps_root``
     adafactor          sums over rows and columns of large matrices; elsewhere rests at ``eps``
     adamax, adamaxw    largest gradient seen rests at ``eps``
+    centralize         mixes the gradients of a leaf before the moments; add_noise likewise
     lbfgs              its line search keeps the gradient of the ``value_fn`` it is given
     sm3                largest gradients seen in rows and columns
     =================  ==========================================================================
@@ -88,7 +89,7 @@ def hold_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
             lambda update, keep, weight: (
                 update
                 if update is None or not is_float(weight)
-                else jnp.where(keep, update, -weight.astype(update.dtype))
+                else jnp.where(keep, update, -jnp.asarray(weight, update.dtype))
             ),
             updates,
             state.pruning_mask,
@@ -210,7 +211,7 @@ def unheld(params: PyTree, mask: PyTree, opt_state: optax.OptState) -> list[str]
 def _kept(pruning_mask: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(
         lambda leaf, keep: (
-            leaf if leaf is None or not is_float(leaf) else _kept_or_zero(leaf, keep)
+            leaf if leaf is None or not is_float(leaf) else _kept_or_zero(jnp.asarray(leaf), keep)
         ),
         tree,
         pruning_mask,

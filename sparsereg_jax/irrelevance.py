@@ -43,6 +43,7 @@ def exponential_irrelevance(
       Architectures <https://arxiv.org/abs/2204.04977>`_
     """
     del weight
+    gradient = jnp.asarray(gradient)
     halvings = _relative(gradient, scale, unit=math.log2(math.e))
     limit = -math.log2(jnp.finfo(gradient.dtype).tiny)
     return _defined(_exp2_of_negative(halvings), halvings, limit)
@@ -69,7 +70,7 @@ def linear_irrelevance(gradient: chex.Array, weight: chex.Array, scale: chex.Num
       networks <https://arxiv.org/abs/2011.09905>`_
     """
     del weight
-    relative = _relative(gradient, scale)
+    relative = _relative(jnp.asarray(gradient), scale)
     return _defined(1 - relative, relative, limit=1.0)
 
 

@@ -58,7 +58,8 @@ class PruningState(NamedTuple):
     """All that the loop knows between two checks: trees of arrays of a fixed structure.
 
     Save and restore it with any checkpointer of pytrees; a run that goes on from a restored state
-    gives the same masks and weights as one that was never interrupted.
+    gives the same masks and weights as one that was never interrupted, also where the checkpointer
+    makes float32 of float64: metrics are compared in float32.
     """
 
     current: TrainState  # the user's record: what the next interval trains
@@ -186,6 +187,8 @@ def iterative_pruning(
 
     Raises:
       ValueError: an argument is out of range.
+      TypeError: ``train``, ``evaluate`` or ``propose`` is no function, or in ``step`` ``propose``
+        returned no :class:`Proposal`.
       PruningError: (a ValueError, with the last sound state) in ``init`` or ``step``: no mask in
         the optimizer state, nothing to prune, a metric that is no finite scalar, a bound that the
         first network misses, parameters that change structure, pruned entries that came back.
@@ -209,6 +212,12 @@ def iterative_pruning(
       [[ True False  True False]]
     """
     better = _comparison("iterative_pruning", mode)
+    for name, function in (("train", train), ("evaluate", evaluate), ("propose", propose)):
+        if not callable(function):
+            raise TypeError(
+                f"iterative_pruning: {name} is a {type(function).__name__}, not a function."
+                " (propose: fraction_step(0.1), say.)"
+            )
     if max_checks < 1 or steps_per_check < 1:
         raise ValueError(
             "iterative_pruning: max_checks and steps_per_check are at least 1, not"
@@ -227,7 +236,7 @@ def iterative_pruning(
     prune_jitted = jax.jit(functools.partial(prune, tx))
 
     def propose_from(record, metric, waited, retreats) -> Proposal:
-        return propose(
+        proposal = propose(
             Situation(
                 params=record.params,
                 pruning_mask=held_mask(record.params, record.opt_state),
@@ -239,8 +248,15 @@ def iterative_pruning(
                 mode=mode,
             )
         )
+        if not isinstance(proposal, Proposal):
+            raise TypeError(
+                f"iterative_pruning: propose returned a {type(proposal).__name__}. Return"
+                " Proposal(pruning_mask), or Proposal(None) to prune nothing."
+            )
+        return proposal
 
     def meets(metric: float, lowest: float) -> bool:
+        metric, lowest = _in_f32(metric), _in_f32(lowest)
         return not better(lowest, metric) or abs(lowest - metric) <= _F32_EPS * abs(lowest)
 
     def init(record: TrainState) -> PruningState:
@@ -331,7 +347,7 @@ def iterative_pruning(
                 best_metric=now.good_metric,
             )
             if not now.stopped:
-                proposal = propose_from(record, now.good_metric, _SETTLED, retreats)
+                proposal = propose_from(record, _in_f32(now.good_metric), _SETTLED, retreats)
 
         pruned = False
         if proposal.pruning_mask is not None:
@@ -394,12 +410,18 @@ def run_pruning(
       PruningError: see :func:`iterative_pruning`. Whatever is raised, errors of the user's code
         and an interrupt from the keyboard included, its attribute ``state`` is the last sound
         state, ``history`` the checks of this call.
+      TypeError: ``state`` is a record, say.
       ImportError: ``progress_bar`` without tqdm.
 
     Example:
       See :func:`iterative_pruning`; ``state, history = run_pruning(pruning, state)`` stands for the
       loop at its end.
     """
+    if not isinstance(state, PruningState):
+        raise TypeError(
+            f"run_pruning: state is a {type(state).__name__}. Give pruning.init(record), or a state"
+            " that was saved."
+        )
     bar = _tqdm(pruning.max_checks, int(state.progress.check)) if progress_bar else None
     history: list[Check] = []
     try:
@@ -684,10 +706,17 @@ def _rebuilt(tree: PyTree) -> PyTree:
 
 
 def _comparison(name: str, mode: str) -> Callable[[float, float], bool]:
-    """Whether one metric is better than another."""
+    """Whether one metric is better than another, in float32."""
     if mode not in ("max", "min"):
         raise ValueError(f"{name}: mode={mode!r} is neither 'max' nor 'min'.")
-    return operator.gt if mode == "max" else operator.lt
+    compare = operator.gt if mode == "max" else operator.lt
+    return lambda one, other: compare(_in_f32(one), _in_f32(other))
+
+
+def _in_f32(metric: float) -> float:
+    """A metric as decisions see it: a checkpointer may restore float64 as float32."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(metric))
 
 
 def _check_record(name: str, record: TrainState) -> None:

@@ -84,7 +84,7 @@ def mask_by_threshold(
       >>> mask_by_threshold({"w": jnp.array([[0.1, -0.5], [0.0, 2.0]])}, 0.3)["w"].tolist()
       [[False, True], [False, True]]
     """
-    if isinstance(threshold, float) and math.isnan(threshold):
+    if math.isnan(_number("threshold", threshold, 0.0)):
         raise ValueError("threshold: NaN. Give a number.")
     _check_floor(floor)
 
@@ -464,11 +464,15 @@ def count_kept(pruning_mask: PyTree) -> int:
     Returns:
       The exact number of True.
 
+    Raises:
+      ValueError: a leaf is not of bools.
+
     Example:
       >>> import jax.numpy as jnp
       >>> count_kept({"w": jnp.array([True, False, True])})
       2
     """
+    _check_is_mask("pruning_mask", pruning_mask)
     return thresholds.to_int(_kept(jax.tree.leaves(pruning_mask)))
 
 
@@ -483,11 +487,15 @@ def sparsity(pruning_mask: PyTree) -> Array:
     Returns:
       A float32 scalar: exact counts, then one division; 0 of no entries.
 
+    Raises:
+      ValueError: a leaf is not of bools.
+
     Example:
       >>> import jax.numpy as jnp
       >>> float(sparsity({"w": jnp.array([True, False, False, False])}))
       0.75
     """
+    _check_is_mask("pruning_mask", pruning_mask)
     masks = jax.tree.leaves(pruning_mask)
     size = thresholds.count_of(sum(jnp.size(keep) for keep in masks))
     return _ratio(thresholds.subtract(size, _kept(masks)), size, 0.0)
@@ -548,14 +556,14 @@ def union(a: PyTree, b: PyTree) -> PyTree:
       The pruning mask ``a | b``.
 
     Raises:
-      ValueError: the masks differ in structure or shapes.
+      ValueError: the masks differ in structure or shapes, or are not of bools.
 
     Example:
       >>> import jax.numpy as jnp
       >>> union(jnp.array([True, False]), jnp.array([False, False])).tolist()
       [True, False]
     """
-    check_pruning_mask(a, b)
+    _check_both(a, b)
     return jax.tree.map(jnp.logical_or, a, b)
 
 
@@ -570,14 +578,14 @@ def intersection(a: PyTree, b: PyTree) -> PyTree:
       The pruning mask ``a & b``.
 
     Raises:
-      ValueError: the masks differ in structure or shapes.
+      ValueError: the masks differ in structure or shapes, or are not of bools.
 
     Example:
       >>> import jax.numpy as jnp
       >>> intersection(jnp.array([True, False]), jnp.array([True, True])).tolist()
       [True, False]
     """
-    check_pruning_mask(a, b)
+    _check_both(a, b)
     return jax.tree.map(jnp.logical_and, a, b)
 
 
@@ -592,7 +600,7 @@ def overlap(a: PyTree, b: PyTree) -> Array:
       A float32 scalar in [0, 1]; 1 if both keep nothing.
 
     Raises:
-      ValueError: the masks differ in structure or shapes.
+      ValueError: the masks differ in structure or shapes, or are not of bools.
 
     Example:
       >>> import jax.numpy as jnp
@@ -613,11 +621,15 @@ def pack_mask(pruning_mask: PyTree) -> PyTree:
       A tree of uint8 arrays, the last axis ``ceil(length / 8)`` long (``[1]`` for a scalar), the
       first entry in the highest bit.
 
+    Raises:
+      ValueError: a leaf is not of bools.
+
     Example:
       >>> import jax.numpy as jnp
       >>> pack_mask(jnp.array([[True, False, False, False, False, False, False, True, True]]))
       Array([[129, 128]], dtype=uint8)
     """
+    _check_is_mask("pruning_mask", pruning_mask)
     return jax.tree.map(lambda keep: jnp.packbits(jnp.atleast_1d(keep), axis=-1), pruning_mask)
 
 
@@ -775,6 +787,12 @@ _plan_below = jax.jit(thresholds.plan_below)
 
 @partial(jax.jit, static_argnames=("n", "m", "axis"))
 def _n_of_m(leaf: Array, keep: Array | None, n: int, m: int, axis: int) -> Array:
+    """Keeps the largest of each group."""
+    rank = _partitioned(partial(_largest_of_each, n=n, m=m, axis=axis), leaf, True)
+    return rank(leaf) if keep is None else rank(leaf, keep)
+
+
+def _largest_of_each(leaf: Array, keep: Array | None = None, *, n: int, m: int, axis: int) -> Array:
     """Ranks the entries of each group by comparing them with one another."""
     key = thresholds.magnitude(leaf) + 1  # 0 is left for entries out, and for the padding
     if keep is not None:
@@ -789,7 +807,9 @@ def _n_of_m(leaf: Array, keep: Array | None, n: int, m: int, axis: int) -> Array
         other = jax.lax.dynamic_slice_in_dim(key, j, 1, axis + 1)
         return larger + ((other > key) | ((other == key) & (place < j))).astype(jnp.int32)
 
-    larger = jax.lax.fori_loop(0, m, compare, jnp.zeros(key.shape, jnp.int32), unroll=min(m, 16))
+    # Zeros like the keys, sharded like them.
+    none = jnp.zeros_like(key, dtype=jnp.int32)
+    larger = jax.lax.fori_loop(0, m, compare, none, unroll=min(m, 16))
     last = jax.lax.broadcasted_iota(jnp.int32, key.shape, axis) == groups - 1
     stays = (larger < jnp.where(last, -(-(ragged or m) * n // m), n)) & (key > 0)
     stays = stays.reshape(*leaf.shape[:axis], groups * m, *leaf.shape[axis + 1 :])
@@ -849,6 +869,14 @@ def _tile_scores(
     leaf: Array, keep: Array | None, tile: tuple[int, ...], mean: bool
 ) -> tuple[Array, Array | None]:
     """Norm or rms of each tile's remaining entries, and whether it has any."""
+    score = _partitioned(partial(_norms, tile=tile, mean=mean), leaf)
+    if keep is None:
+        return score(leaf), None
+    any_left = _partitioned(lambda keep: jnp.any(*_tiled(keep, tile)), leaf)
+    return score(leaf, keep), any_left(keep)
+
+
+def _norms(leaf: Array, keep: Array | None = None, *, tile: tuple[int, ...], mean: bool) -> Array:
     size = jnp.abs(leaf).astype(jnp.promote_types(leaf.dtype, jnp.float32))
     if keep is not None:
         size = jnp.where(keep, size, jnp.zeros((), size.dtype))
@@ -859,8 +887,23 @@ def _tile_scores(
     square = jnp.sum(jnp.square(size / scale), axis=axes)
     if mean:
         square /= max(math.prod(size.shape[axis] for axis in axes), 1)
-    score = jnp.sqrt(square) * scale.reshape(square.shape)
-    return score, None if keep is None else jnp.any(_tiled(keep, tile)[0], axis=axes)
+    return jnp.sqrt(square) * scale.reshape(square.shape)
+
+
+def _partitioned(
+    function: Callable[..., Array], leaf: Array, like_leaf: bool = False
+) -> Callable[..., Array]:
+    """A function that reshapes and pads ``leaf``, its sharding left to XLA.
+
+    On a mesh with explicit axes, that of ``jax.make_mesh``, JAX cannot type a reshape or a padding
+    of a sharded axis. The result is sharded like the leaf, or whole on each device.
+    """
+    sharding = jax.typeof(leaf).sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return function
+    spec = sharding.spec if like_leaf else jax.sharding.PartitionSpec()
+    out = jax.sharding.NamedSharding(sharding.mesh, spec)
+    return jax.sharding.auto_axes(function, out_sharding=out)
 
 
 def _tiled(x: Array, tile: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
@@ -879,7 +922,11 @@ def _tiled(x: Array, tile: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
 
 @partial(jax.jit, static_argnames="tile")
 def _spread(alive: Array, keep: Array, tile: tuple[int, ...]) -> Array:
-    """From one flag a tile to one an entry."""
+    """From one flag a tile to one an entry, for those that remain."""
+    return _partitioned(partial(_spread_out, tile=tile), keep, True)(alive, keep)
+
+
+def _spread_out(alive: Array, keep: Array, *, tile: tuple[int, ...]) -> Array:
     pairs = list(zip(alive.shape, tile, strict=True))
     stays = jnp.expand_dims(alive, tuple(range(1, 2 * len(tile), 2)))
     stays = jnp.broadcast_to(stays, [n for pair in pairs for n in pair])
@@ -936,7 +983,8 @@ def _labels(scope: Scope, params: PyTree, paths: list[str]) -> list[str]:
                 f"scope: {scope!r} is neither 'global' nor 'tensor'. For groups give a prefix"
                 " tree of labels, or a function from a path to a label."
             )
-        return [path if scope == "tensor" else "" for path in paths]
+        # By number: two leaves may have the same path, {"a/b": ...} and {"a": {"b": ...}}.
+        return [str(i) if scope == "tensor" else "" for i in range(len(paths))]
     if callable(scope):
         labels = [scope(path) for path in paths]
     else:
@@ -967,8 +1015,45 @@ def _axis(path: str, leaf: Array, axis: int) -> int:
 
 
 def _check_share(name: str, share: Any) -> None:
-    if isinstance(share, int | float) and not 0 <= share <= 1:
+    if not 0 <= _number(name, share, 0.0) <= 1:
         raise ValueError(f"{name}: {share} is not in [0, 1].")
+
+
+def _number(name: str, amount: Any, traced: float) -> float:
+    """An amount, to be checked; ``traced`` where it is not known yet."""
+    if isinstance(amount, jax.core.Tracer):
+        return traced
+    try:
+        return float(amount)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: a {type(amount).__name__} where one number belongs; the params come first,"
+            f" then {name}."
+        ) from error
+
+
+def _check_both(a: PyTree, b: PyTree) -> None:
+    _check_is_mask("a", a)
+    _check_is_mask("b", b)
+    _check_structure("b", b, a, "a")
+    for (kp, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        if jnp.shape(one) != jnp.shape(other):
+            raise ValueError(
+                f"b: the leaf at {leaf_path(kp)!r} has shape {jnp.shape(other)} where a has"
+                f" {jnp.shape(one)}. Give two masks of the same params."
+            )
+
+
+def _check_is_mask(name: str, tree: PyTree) -> None:
+    for kp, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.result_type(leaf) != jnp.bool_:
+            raise ValueError(
+                f"{name}: the leaf at {leaf_path(kp)!r} is {jnp.result_type(leaf)}, not bool. Give"
+                " a pruning mask: full_mask or a rule such as mask_by_sparsity makes one,"
+                " held_mask reads one, unpack_mask one that was packed."
+            )
 
 
 def _check_floor(floor: int) -> None:
@@ -976,7 +1061,7 @@ def _check_floor(floor: int) -> None:
         raise ValueError(f"floor: {floor} is negative. 0 switches it off.")
 
 
-def _check_structure(name: str, tree: PyTree, like: PyTree) -> None:
+def _check_structure(name: str, tree: PyTree, like: PyTree, whose: str = "the params") -> None:
     """Raises at the first path at which a tree's structure is not that of ``like``."""
     structure: Any = jax.tree.structure(tree)
     if structure == jax.tree.structure(like):
@@ -987,11 +1072,11 @@ def _check_structure(name: str, tree: PyTree, like: PyTree) -> None:
     for ours, theirs in itertools.zip_longest(found, wanted):
         if ours != theirs:
             raise ValueError(
-                f"{name}: its structure is not the params': it has {_named(ours)} where they have"
+                f"{name}: its structure is not that of {whose}: it has {_named(ours)} instead of"
                 f" {_named(theirs)}. Make it from these params (full_mask, mask_by_fraction, ...)."
             )
     raise ValueError(
-        f"{name}: it has the params' leaves in other containers, {jax.tree.structure(tree)} for"
+        f"{name}: it has the leaves of {whose} in other containers, {jax.tree.structure(tree)} for"
         f" {jax.tree.structure(like)}. Make it from these params (full_mask, ...)."
     )
 

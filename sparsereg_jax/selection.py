@@ -94,7 +94,7 @@ def weights(params: PyTree) -> PyTree:
       >>> weights({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3), "scale": jnp.ones((4, 3))})
       {'bias': False, 'kernel': True, 'scale': False}
     """
-    select = by_predicate(lambda path, leaf: leaf.ndim >= 2 and path.split("/")[-1] != "scale")
+    select = by_predicate(lambda path, leaf: jnp.ndim(leaf) >= 2 and path.split("/")[-1] != "scale")
     return select(params)
 
 

@@ -45,7 +45,7 @@ class DecoupledShrinkageState(NamedTuple):
 
 def add_selective_shrinkage(
     strength: optax.ScalarOrSchedule,
-    irrelevance: Irrelevance = exponential_irrelevance,
+    irrelevance: Irrelevance | None = None,
     alpha: optax.ScalarOrSchedule = 1.0,
     rms_decay: float | None = None,
     mask: Mask = None,
@@ -67,10 +67,11 @@ def add_selective_shrinkage(
     Args:
       strength: :math:`s`, a scalar or a schedule of the optimizer steps since the last pruning (see
         :func:`restart_shrinkage`), read at 0 by the first step. Under
-        ``optax.inject_hyperparams`` a schedule and ``irrelevance`` (and a callable ``mask``) must
-        be named in ``static_args``: an injected schedule is read from a count of its own, which no
-        pruning restarts.
-      irrelevance: the score, ``(gradient, weight, scale) -> [0, 1]``, leaf by leaf in at least f32.
+        ``optax.inject_hyperparams`` what is given as a function, a schedule, ``irrelevance`` or
+        ``mask``, must be named in ``static_args``: an injected schedule is read from a count of its
+        own, which no pruning restarts.
+      irrelevance: the score, ``(gradient, weight, scale) -> [0, 1]``, leaf by leaf in at least f32;
+        None is :func:`sparsereg_jax.exponential_irrelevance`, the paper's.
       alpha: the score's scale: absolute, in the unit of the gradient, when ``rms_decay`` is None;
         otherwise relative to each leaf's running rms of the gradient. A schedule is read like
         ``strength``.
@@ -125,7 +126,7 @@ def add_selective_shrinkage(
 def decouple_selective_shrinkage(
     core: optax.GradientTransformation,
     strength: optax.ScalarOrSchedule,
-    irrelevance: Irrelevance = exponential_irrelevance,
+    irrelevance: Irrelevance | None = None,
     alpha: optax.ScalarOrSchedule = 1.0,
     rms_decay: float | None = None,
     mask: Mask = None,
@@ -178,7 +179,7 @@ def decouple_selective_shrinkage(
 def shrink_selectively(
     optimizer: optax.GradientTransformation,
     rate: optax.ScalarOrSchedule,
-    irrelevance: Irrelevance = exponential_irrelevance,
+    irrelevance: Irrelevance | None = None,
     alpha: optax.ScalarOrSchedule = 1.0,
     rms_decay: float | None = None,
     mask: Mask = None,
@@ -227,7 +228,7 @@ def selective_penalty(
     params: PyTree,
     gradients: PyTree,
     strength: jax.typing.ArrayLike = 1.0,
-    irrelevance: Irrelevance = exponential_irrelevance,
+    irrelevance: Irrelevance | None = None,
     alpha: jax.typing.ArrayLike = 1.0,
     relative: bool = False,
     mask: Mask = None,
@@ -254,7 +255,8 @@ def selective_penalty(
       The scalar :math:`R`, in f32 (f64 if a leaf is).
 
     Raises:
-      ValueError: ``params`` and ``gradients`` differ in structure, or the score changes a shape.
+      ValueError: ``params`` and ``gradients`` differ in structure or shapes, or the score changes a
+        shape.
       TypeError: a leaf of ``mask`` is not a Python bool.
 
     Example:
@@ -265,13 +267,14 @@ def selective_penalty(
       >>> print(jax.grad(selective_penalty)(params, gradients, strength=0.5)["w"])
       [1. 0.]
     """
+    _check_like(gradients, params)
     selected = resolve_mask(mask, params)
 
     def leaf_penalty(key_path, taken, weight, gradient):
         if not taken:
             return None
         dtype = _term_dtype(gradient, weight)
-        gradient, weight = gradient.astype(dtype), weight.astype(dtype)
+        gradient, weight = jnp.asarray(gradient, dtype), jnp.asarray(weight, dtype)
         scale = jnp.asarray(alpha, dtype)
         if relative:
             scale = scale * _rms(gradient, weight)[0]
@@ -374,7 +377,7 @@ def selective_sgd(
     accumulator_dtype: Any | None = None,
     *,
     strength: optax.ScalarOrSchedule = 1e-2,
-    irrelevance: Irrelevance = exponential_irrelevance,
+    irrelevance: Irrelevance | None = None,
     alpha: optax.ScalarOrSchedule = 3e-3,
     rms_decay: float | None = None,
     mask: Mask = None,
@@ -422,7 +425,7 @@ def selective_sgdw(
     accumulator_dtype: Any | None = None,
     *,
     strength: optax.ScalarOrSchedule = 1e-2,
-    irrelevance: Irrelevance = exponential_irrelevance,
+    irrelevance: Irrelevance | None = None,
     alpha: optax.ScalarOrSchedule = 3e-3,
     rms_decay: float | None = None,
     mask: Mask = None,
@@ -472,7 +475,7 @@ def selective_adam(
     *,
     nesterov: bool = False,
     strength: optax.ScalarOrSchedule = 4e-4,
-    irrelevance: Irrelevance = exponential_irrelevance,
+    irrelevance: Irrelevance | None = None,
     alpha: optax.ScalarOrSchedule = 1.0,
     rms_decay: float | None = None,
     mask: Mask = None,
@@ -527,7 +530,7 @@ def selective_adamw(
     *,
     nesterov: bool = False,
     strength: optax.ScalarOrSchedule = 0.1,
-    irrelevance: Irrelevance = exponential_irrelevance,
+    irrelevance: Irrelevance | None = None,
     alpha: optax.ScalarOrSchedule = 3e-3,
     rms_decay: float | None = None,
     mask: Mask = None,
@@ -592,7 +595,7 @@ def _check_number(
 def _term(
     name: str,
     strength: optax.ScalarOrSchedule,
-    irrelevance: Irrelevance,
+    irrelevance: Irrelevance | None,
     alpha: optax.ScalarOrSchedule,
     rms_decay: float | None,
     mask: Mask,
@@ -633,8 +636,14 @@ def _term(
         def add(key_path, update, gradient, weight, taken, scale):
             if update is None or not taken:
                 return update
-            dtype = _term_dtype(gradient, weight)
-            gradient, weight = gradient.astype(dtype), weight.astype(dtype)
+            if jnp.shape(gradient) != jnp.shape(weight):
+                raise ValueError(
+                    f"{name}: at {leaf_path(key_path)!r} the gradient has shape"
+                    f" {jnp.shape(gradient)} and the weight {jnp.shape(weight)}. Call"
+                    " `update(gradients, state, params)` with the gradients of these params."
+                )
+            dtype, update = _term_dtype(gradient, weight), jnp.asarray(update)
+            gradient, weight = jnp.asarray(gradient, dtype), jnp.asarray(weight, dtype)
             score = _score(irrelevance, key_path, gradient, weight, jnp.asarray(scale, dtype))
             term = (jnp.asarray(strength_now, dtype) * weight * score).astype(update.dtype)
             return update + term if sign > 0 else update - term
@@ -657,7 +666,7 @@ def _decoupled(
     name: str,
     inner: optax.GradientTransformation,
     strength: optax.ScalarOrSchedule,
-    irrelevance: Irrelevance,
+    irrelevance: Irrelevance | None,
     alpha: optax.ScalarOrSchedule,
     rms_decay: float | None,
     mask: Mask,
@@ -678,21 +687,36 @@ def _decoupled(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _check_like(gradients: PyTree, params: PyTree) -> None:
+    """Raises at the first leaf at which the gradients are not those of the params."""
+    shapes = [
+        {leaf_path(kp): jnp.shape(leaf) for kp, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (gradients, params)
+    ]
+    for path in {**shapes[1], **shapes[0]}:
+        found, wanted = (shape.get(path, "missing") for shape in shapes)
+        if found != wanted:
+            raise ValueError(
+                f"gradients: at {path!r} their shape is {found}, that of params {wanted}. Give the"
+                " gradients of these params, a tree of the same structure."
+            )
+
+
 def _term_dtype(*leaves: jax.Array) -> Any:
     """At least f32: in half precision a strength of 1e-5 is subnormal or lost."""
-    return jnp.dtype(
-        jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
-    )
+    wide = any(jnp.result_type(leaf) == jnp.float64 for leaf in leaves)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def _score(
-    irrelevance: Irrelevance,
+    irrelevance: Irrelevance | None,
     key_path: tuple[Any, ...],
     gradient: jax.Array,
     weight: jax.Array,
     scale: jax.Array,
 ) -> jax.Array:
-    score = irrelevance(gradient, weight, scale)
+    # None, not the function, is the default: inject_hyperparams takes a function for a schedule.
+    score = (irrelevance or exponential_irrelevance)(gradient, weight, scale)
     if jnp.shape(score) != gradient.shape:
         raise ValueError(
             f"irrelevance: it returned shape {jnp.shape(score)} for the gradient of shape"
@@ -721,7 +745,7 @@ def _running_rms(
 ) -> jax.Array:
     if gradient is None or not is_float(gradient):
         return old
-    new, known = _rms(gradient.astype(old.dtype), weight)
+    new, known = _rms(jnp.asarray(gradient, old.dtype), weight)
     decay = jnp.asarray(decay, old.dtype)
     # 0 is "nothing seen yet": the first gradient that is not all zero starts the average.
     average = jnp.where(old > 0, decay * old + (1 - decay) * new, new)

@@ -131,10 +131,16 @@ def like_paths(like: PyTree) -> list[Path]:
       >>> like_paths({"b": 1, "a": [2, 3]})
       [('a', '0'), ('a', '1'), ('b',)]
     """
-    return [
-        tuple(_name(key) for key in leaf_keys(kp))
-        for kp, _ in jax.tree_util.tree_leaves_with_path(like)
-    ]
+
+    def walk(tree: PyTree, path: Path) -> Iterator[Path]:
+        items = [] if tree is None else _children(tree)
+        if items is None or (len(items) == 1 and _boxed(tree, items[0][1])):
+            yield path
+        else:
+            for key, child in items:
+                yield from walk(child, (*path, str(key)))
+
+    return list(walk(like, ()))
 
 
 def _children(tree: PyTree) -> list[tuple[str | int, PyTree]] | None:

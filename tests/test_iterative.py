@@ -620,6 +620,57 @@ def test_arguments_out_of_range(make, message):
         make()
 
 
+def test_arguments_of_other_types():
+    for name, wrong in (("train", None), ("evaluate", 0.9), ("propose", 0.1)):
+        with pytest.raises(TypeError, match=f"{name} is a {type(wrong).__name__}, not a function"):
+            loop(held(), **{"train": idle, "evaluate": share_left, "propose": idle, name: wrong})
+    tx = held()
+    record = start(tx)
+    with pytest.raises(TypeError, match=r"state is a Record. Give pruning.init\(record\)"):
+        sj.run_pruning(loop(tx), record)
+    pruning = loop(tx, propose=lambda situation: situation.pruning_mask)
+    with pytest.raises(TypeError, match=r"propose returned a dict. Return Proposal\(") as caught:
+        run(pruning, record)
+    assert int(caught.value.state.progress.check) == 0
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_state_restored_in_float32_goes_on_alike(mode):
+    """As arrays of JAX, without 64 bits, the metrics that the state keeps are float32."""
+    tx, sign = held(), 1 if mode == "max" else -1
+    # 0.9812 is no float32, nor is the bound; at every second check the metric is worse.
+    metrics = [sign * (0.9812 - 0.01 * (i % 2)) for i in range(40)]
+
+    def evaluate(params):
+        return metrics[len(seen)]
+
+    def train(record):
+        seen.append(None)
+        return idle(record)
+
+    def propose(situation):
+        asked.append((situation.metric, situation.waited))
+        some = situation.waited < 3
+        return sj.fraction_step(0.1)(situation) if some else sj.Proposal(None)
+
+    def decisions(restored):
+        seen.clear()
+        asked.clear()
+        pruning = loop(
+            tx, train, evaluate, propose, sign * 0.9812, mode=mode, recovery=1, max_checks=12
+        )
+        state, checks = pruning.init(start(tx)), []
+        while not pruning.done(state):
+            state, check = pruning.step(restored(state))
+            checks.append(check._replace(seconds=0))
+        return checks, list(asked)
+
+    seen, asked = [], []
+    whole = decisions(lambda state: state)
+    assert {check.action for check in whole[0]} >= {"pruned", "went back"}
+    assert decisions(jax.device_put) == whole
+
+
 def test_leaves_that_nothing_holds():
     params = {"bias": jnp.ones(3), "w": jnp.asarray(MAGNITUDES).reshape(4, 5)}
     kernels = {"bias": False, "w": True}

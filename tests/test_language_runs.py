@@ -131,13 +131,15 @@ def test_figure_shows_means_bands_and_smaller_networks():
         shared["settings"] = {"width": 64, "bfloat16": True, "dense_epochs": 40, "beams": 4}
         return shared | {"dense": {"bleu": bleu + 5}, "points": points}
 
-    def alone(digest, width, parameters, epochs=40):
-        settings = {"width": width, "bfloat16": width == 24, "dense_epochs": epochs}
+    def alone(digest, width, parameters, **changed):
+        settings = {"width": width, "bfloat16": width == 24, "dense_epochs": 40, "beams": 4}
+        settings |= changed
         return {"digest": digest, "parameters": parameters, "settings": settings, "bleu": width / 2}
 
     smaller = [alone("a", 32, 250), alone("a", 24, 200), alone("a", 8, 50), alone("b", 16, 250)]
-    # Before these one is too sparse and one of another text; not smaller, and trained for less.
-    smaller += [alone("a", 64, 1000), alone("a", 28, 250, epochs=20)]
+    # Before these one is too sparse and one of another text; not smaller, trained for less, greedy.
+    smaller += [alone("a", 64, 1000), alone("a", 28, 250, dense_epochs=20)]
+    smaller += [alone("a", 20, 250, beams=1)]
     (axes,) = tables.figure({"paper": [record(0, 20), record(1, 24)]}, smaller).axes
     lines = {line.get_label(): np.transpose(line.get_data()) for line in axes.lines}
     assert list(lines) == ["dense", "dense, width 32, float32", "dense, width 24", "paper"]

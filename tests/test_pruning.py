@@ -133,6 +133,39 @@ def test_masks_are_sharded_like_the_params(rule):
         assert not any("f32[" in line or "pred[" in line for line in gathered)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [("x", None)]
+    + [pytest.param(s, marks=pytest.mark.slow) for s in ((None, "x"), (("x", "y"), None))],
+)
+@pytest.mark.parametrize(
+    "rule",
+    ["n_of_m", "odd blocks", "odd n_of_m"]
+    + [pytest.param(rule, marks=pytest.mark.slow) for rule in RULES if rule != "n_of_m"],
+)
+def test_masks_on_a_mesh_of_explicit_axes(rule, spec):
+    """That of ``jax.make_mesh``, on which every array's type says how it is sharded."""
+    odd = {
+        "odd blocks": partial(mask_blocks, sparsity=0.5, block=(3, 5)),
+        "odd n_of_m": partial(mask_n_of_m, n=2, m=5),
+    }
+    rule = (RULES | odd)[rule]
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=explicit, devices=jax.devices()[:4])
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    weights = {"w": normal(0, 8, 16)}
+    params = jax.device_put(weights, sharding)
+    first = rule(params)
+    again = rule(params, pruning_mask=mask_by_sparsity(params, 0.2))
+    assert_same(jax.device_get(first), jax.device_get(rule(weights)))
+    plain = rule(weights, pruning_mask=mask_by_sparsity(weights, 0.2))
+    assert_same(jax.device_get(again), jax.device_get(plain))
+    with jax.set_mesh(mesh):
+        assert_same(jax.device_get(jax.jit(rule)(params)), jax.device_get(first))
+    for mask in (first, again):
+        assert mask["w"].sharding.is_equivalent_to(sharding, 2)
+
+
 TREES = {
     "dict": lambda w, b: {"w": w, "b": b},
     "tuple": lambda w, b: (w, b),
@@ -211,6 +244,23 @@ def test_scopes():
         mask_by_sparsity(params, 0.5, scope={"x": "left"})
     with pytest.raises(TypeError, match="'y' is 3, not a string"):
         mask_by_sparsity(params, 0.5, scope={"x": "left", "y": 3})
+
+
+def test_tensors_are_apart_even_with_one_path():
+    small = jnp.arange(1.0, 9.0).reshape(2, 4)
+    params = {"x/y": small, "x": {"y": 100 * small}}
+    assert out(mask_by_sparsity(params, 0.5, scope="tensor")) == [4, 4]
+
+
+def test_python_numbers_are_leaves():
+    params = {"temperature": 1.0, "w": normal(0, 2, 2)}
+    assert weights(params) == {"temperature": False, "w": True}
+    assert out(mask_by_sparsity(params, 0.5)) == [0, 2]
+    assert out(mask_by_sparsity(params, 0.4, mask=every_parameter, floor=0)) == out(
+        mask_by_sparsity(
+            {**params, "temperature": jnp.ones(())}, 0.4, mask=every_parameter, floor=0
+        )
+    )
 
 
 def test_fraction_is_of_what_remains():
@@ -506,7 +556,7 @@ def test_packing_round_trip(shape):
 def test_errors_name_the_path_and_the_fix():
     params = model()
     good = full_mask(params)
-    with pytest.raises(ValueError, match=r"'steps' where they have.*'encoder/kernel'"):
+    with pytest.raises(ValueError, match=r"'steps' instead of .*'encoder/kernel'"):
         mask_by_fraction(
             params, 0.1, pruning_mask={**good, "encoder": {"bias": good["encoder"]["bias"]}}
         )
@@ -520,7 +570,7 @@ def test_errors_name_the_path_and_the_fix():
         unpack_mask({"w": jnp.zeros(2, jnp.uint8)}, {"w": jnp.ones(3)})
     with pytest.raises(ValueError, match="mask=every_parameter"):
         mask_by_fraction({"b": jnp.ones(3)}, 0.1)
-    for share in (-0.1, 1.1, float("nan"), 2):
+    for share in (-0.1, 1.1, float("nan"), 2, np.float32(20), np.int64(90), jnp.float32(1.5)):
         for rule in (
             mask_by_sparsity,
             mask_by_fraction,
@@ -529,6 +579,20 @@ def test_errors_name_the_path_and_the_fix():
         ):
             with pytest.raises(ValueError, match=r"is not in \[0, 1\]"):
                 rule(params, share)
+    for threshold in (float("nan"), np.float32("nan"), jnp.float32("nan")):
+        with pytest.raises(ValueError, match="threshold: NaN"):
+            mask_by_threshold(params, threshold)
+    with pytest.raises(TypeError, match="sparsity: a dict where one number belongs; the params"):
+        mask_by_sparsity(0.5, params)
+    packed = pack_mask(good)
+    for function in (count_kept, pruning.sparsity, pack_mask):
+        with pytest.raises(ValueError, match=r"'decoder/0' is uint8, not bool.*unpack_mask"):
+            function(packed)
+    for function in (pruning.union, pruning.intersection, pruning.overlap):
+        with pytest.raises(ValueError, match="a: the leaf at 'decoder/0' is float32, not bool"):
+            function(params, good)
+        with pytest.raises(ValueError, match=r"b: .* 'decoder/0' instead of a leaf at 'w'"):
+            function({"w": good["decoder"][0]}, good)
     with pytest.raises(ValueError, match="floor: -1"):
         mask_by_fraction(params, 0.1, floor=-1)
     with pytest.raises(ValueError, match="1 <= n <= m"):

@@ -471,3 +471,70 @@ def test_users_own_score():
 def test_restart_without_shrinkage():
     with pytest.raises(ValueError, match="no shrinkage state"):
         sj.restart_shrinkage(optax.adam(1e-3).init(jnp.ones(2)))
+
+
+def numpy_pair():
+    random = np.random.default_rng(0)
+    return (
+        {"w": 2 * random.normal(size=9)},
+        {"w": random.normal(size=9) * np.geomspace(1e-3, 9, 9)},
+    )
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        sj.selective_sgd(0.1),
+        sj.selective_adamw(0.1),
+        sj.add_selective_shrinkage(0.3, alpha=3e-3, rms_decay=0.5),
+        sj.shrink_selectively(optax.sgd(0.1), 0.1, sj.linear_irrelevance),
+        sj.hold_zeros(sj.selective_adam(0.1, alpha=3e-3)),
+    ],
+)
+def test_numpy_gradients_of_float64_are_those_of_jax(tx):
+    """Without 64 bits JAX makes float32 of them, eagerly too."""
+    params, gradients = numpy_pair()
+    ours = jax.tree.map(jnp.asarray, (params, gradients))
+    found, _ = tx.update(gradients, tx.init(params), params)
+    wanted, _ = tx.update(ours[1], tx.init(ours[0]), ours[0])
+    np.testing.assert_allclose(found["w"], wanted["w"], rtol=1e-5)
+
+
+def test_scores_of_numpy_gradients_and_their_penalty():
+    params, gradients = numpy_pair()
+    for score, reference in SCORES.values():
+        np.testing.assert_allclose(
+            score(gradients["w"], params["w"], 3e-3), reference(gradients["w"], 3e-3), atol=3e-7
+        )
+        penalty = np.sum(params["w"] ** 2 * reference(gradients["w"], 3e-3)) / 2
+        found = sj.selective_penalty(params, gradients, irrelevance=score, alpha=3e-3)
+        assert float(found) == pytest.approx(penalty, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make", [sj.selective_adam, sj.selective_adamw, sj.selective_sgd, sj.selective_sgdw]
+)
+def test_ready_made_ones_under_inject_hyperparams(make):
+    """Without static_args: a function as a default would be taken for a schedule."""
+    params, gradients = jax.tree.map(jnp.asarray, numpy_pair())
+    injected = optax.inject_hyperparams(make)(learning_rate=0.1)
+    state = injected.init(params)
+    assert {"learning_rate", "strength", "alpha"} <= set(state.hyperparams)
+    plain = make(0.1)
+    wanted, _ = plain.update(gradients, plain.init(params), params)
+    found, _ = injected.update(gradients, state, params)
+    np.testing.assert_allclose(found["w"], wanted["w"], rtol=1e-4)  # its numbers are float32
+
+
+def test_gradients_of_other_params():
+    params, gradients = jax.tree.map(jnp.asarray, numpy_pair())
+    for wrong, message in (
+        ({"w": None}, "'w' their shape is missing, that of params \\(9,\\)"),
+        ({"w": gradients["w"][None]}, "'w' their shape is \\(1, 9\\), that of params \\(9,\\)"),
+        ({"w": gradients["w"], "v": gradients["w"]}, "'v' their shape is \\(9,\\).*missing"),
+    ):
+        with pytest.raises(ValueError, match=f"gradients: at {message}"):
+            sj.selective_penalty(params, wrong)
+    tx = sj.add_selective_shrinkage(0.1)
+    with pytest.raises(ValueError, match=r"at 'w' the gradient has shape \(1, 9\) and .* \(9,"):
+        tx.update({"w": gradients["w"][None]}, tx.init(params), params)

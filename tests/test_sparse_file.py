@@ -761,3 +761,29 @@ def test_tree_json_is_checked_as_it_is_walked():
     assert next(walked) == ("0",)
     with pytest.raises(ValueError, match="leaf 2 where leaf 1 belongs"):
         next(walked)
+
+
+class Attention(NamedTuple):
+    query: Any
+    value: Any
+    other: Any = None
+
+
+class Value(NamedTuple):
+    value: Any
+
+
+def test_a_field_named_value_is_no_box(path):
+    """nnx and Linen box a leaf in an attribute of that name, which no path shows."""
+    w = np.arange(4.0)
+    for params in (
+        {"attention": Attention(w, w + 1)},
+        {"attention": Attention(None, w), "b": Value(w), "c": [Value(None), None]},
+        Attention(Value(w), {"value": w}),
+    ):
+        sj.save_sparse(path, params)
+        restored, _ = sj.load_sparse(path, like=params)
+        assert jax.tree.structure(restored) == jax.tree.structure(params)
+        for one, other in zip(*map(jax.tree.leaves, (params, restored)), strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert tree_json.like_paths(params) == [where for where, _ in tree_json.to_json(params)[1]]

@@ -26,10 +26,12 @@ from .methods import METHODS
 from .sparsify import KINDS, LEVELS
 
 Records = dict[str, list[dict[str, Any]]]  # by method, a record a seed
-# What a dense network depends on beside its sizes and the precision of products.
+# What a dense network's BLEU depends on beside its width, with hidden and heads, and the precision
+# of products.
 DENSE = (
     *("vocabulary", "layers", "dropout", "source_length", "target_length", "row", "batch"),
     *("dense_epochs", "train_pairs", "learning_rate", "warmup", "accumulate", "smoothing"),
+    *("test_pairs", "beams", "penalty"),
 )
 
 
@@ -157,8 +159,8 @@ def bootstrap(folder: Path, corpus: str, records: Records) -> str:
 def figure(records: Records, smaller: Sequence[dict[str, Any]] = ()) -> Figure:
     """Test BLEU against sparsity: a line a method, a band from the lowest to the highest seed.
 
-    Smaller dense networks of the same text, trained alike but for their sizes and the precision,
-    stand where a sparse one has as many weights left, as far as the sparsest network goes.
+    Smaller dense networks of the same text, trained and decoded alike but for their width and the
+    precision, stand where a sparse one has as many weights left, as far as the sparsest one goes.
     """
     first = next(iter(records.values()))[0]
     picture = Figure(figsize=(8, 5), layout="constrained", dpi=110)
