@@ -49,10 +49,12 @@ def hold_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
     adabelief          second moment rests at ``eps_root``
     adafactor          sums over rows and columns of large matrices; elsewhere rests at ``eps``
     adamax, adamaxw    largest gradient seen rests at ``eps``
-    centralize         mixes the gradients of a leaf before the moments; add_noise likewise
     lbfgs              its line search keeps the gradient of the ``value_fn`` it is given
     sm3                largest gradients seen in rows and columns
     =================  ==========================================================================
+
+    So do moments behind a transformation that mixes the gradients of a leaf, ``optax.centralize``,
+    or adds to them, ``optax.add_noise``.
 
     Args:
       inner: any optimizer or chain that returns finished updates.

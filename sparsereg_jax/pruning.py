@@ -67,7 +67,7 @@ def mask_by_threshold(
     Args:
       params: the parameters.
       threshold: a float scalar, read as float32 (float64 beside float64 leaves). Nothing goes at
-        a negative one.
+        a negative one, nor at a traced one that is NaN.
       pruning_mask: what remains now; None is everything.
       mask: which leaves are pruned.
       floor: the least number of entries kept in each tensor, the largest.

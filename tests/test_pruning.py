@@ -333,7 +333,8 @@ def test_threshold_compares_bits():
         assert kept(threshold) == [*(np.abs(finite) > threshold).tolist(), True, True, True]
         assert kept(jnp.float32(threshold)) == kept(threshold)
     assert kept(np.inf) == [False] * 8 + [True]
-    assert kept(jnp.float32(np.nan)) == [True] * 9
+    traced = jax.jit(lambda threshold: mask_by_threshold(params, threshold, floor=0))
+    assert traced(jnp.float32(np.nan))["w"].all()
     half = {"w": jnp.array([[1.0, 1.0078125, 0.99609375]], jnp.bfloat16)}
     assert mask_by_threshold(half, 1.001)["w"].tolist() == [[False, True, False]]
     with pytest.raises(ValueError, match="threshold: NaN"):
