@@ -76,8 +76,10 @@ def run(
     params of networks that were tuned at levels.
     """
     settings, row = bench.settings, METHODS[method]
-    identity = hashlib.sha256(repr((settings, fingerprint(row))).encode()).hexdigest()[:8]
-    folder = experiment.folder(out, bench) / f"{method}-{strength:g}-seed{seed}-{identity}"
+    levels = experiment.levels(settings) if row.bounded else ()
+    identity = (settings, fingerprint(row), *([levels] if levels else []))
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:8]
+    folder = experiment.folder(out, bench) / f"{method}-{strength:g}-seed{seed}-{digest}"
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     done = sparsify.sparsify(
@@ -85,7 +87,7 @@ def run(
         row,
         strength,
         seed,
-        levels=experiment.levels(settings) if row.bounded else (),
+        levels=levels,
         folder=folder,
         deadline=deadline,
         progress_bar=progress_bar,

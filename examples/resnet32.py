@@ -15,10 +15,11 @@ says that the time is up); ``cifar10.npz`` is one file of 18 MiB for a machine w
 
 An interval is then one program over data on the device, convolutions in TF32 (--bfloat16 for
 bfloat16): 21,000 steps for the dense network, 21,000 a method in the loop. The loop is at the full
-learning rate and its bound, 82 % of the validation images, a low one; so the dense network and the
-first one with 80, 85, 90 and 95 % of zeros that met the bound are each tuned for 7 epochs and
+learning rate and its bound, 82 % of the validation images, a low one; so the dense network and, for
+each of 80, 85, 90 and 95 % of zeros, the first one that met the bound are tuned for 7 epochs and
 measured, and ``python -m examples.tables`` shows those. The checkpoints of a run take up to 30 MB,
-those of a dense network 13.
+those of a dense network 13. Methods of one seed run side by side only once its dense network is
+there and tuned.
 """
 
 import sys

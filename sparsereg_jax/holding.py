@@ -53,8 +53,8 @@ def hold_zeros(inner: optax.GradientTransformation) -> optax.GradientTransformat
     sm3                largest gradients seen in rows and columns
     =================  ==========================================================================
 
-    So do moments behind a transformation that mixes the gradients of a leaf, ``optax.centralize``,
-    or adds to them, ``optax.add_noise``.
+    Nor do the moments of a pruned entry stay 0 behind a transformation that mixes the gradients of
+    a leaf (``optax.centralize``) or adds to them (``optax.add_noise``).
 
     Args:
       inner: any optimizer or chain that returns finished updates.

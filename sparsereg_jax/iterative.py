@@ -22,7 +22,14 @@ import numpy as np
 import optax
 
 from .holding import held_mask, prune, unheld
-from .pruning import apply_mask, count_kept, intersection, mask_by_fraction, summary
+from .pruning import (
+    apply_mask,
+    check_pruning_mask,
+    count_kept,
+    intersection,
+    mask_by_fraction,
+    summary,
+)
 from .selection import Mask, is_float, leaf_path, resolve_mask, weights
 
 PyTree = Any
@@ -39,7 +46,7 @@ class Record(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """The loop's own numbers, each of shape ()."""
+    """The loop's own numbers, each of shape () but for the last."""
 
     check: Any  # int32: checks made
     waited: Any  # int32: checks since best_metric improved
@@ -52,14 +59,15 @@ class Progress(NamedTuple):
     good_metric: Any  # float64: of the good record
     last_metric: Any  # float64: at the last check
     best_metric: Any  # float64: since the last pruning
+    rests: Any  # float32, shape=(5, 2): what float32 leaves out of the five metrics above
 
 
 class PruningState(NamedTuple):
     """All that the loop knows between two checks: trees of arrays of a fixed structure.
 
     Save and restore it with any checkpointer of pytrees; a run that goes on from a restored state
-    gives the same masks and weights as one that was never interrupted, also where the checkpointer
-    makes float32 of float64: metrics are compared in float32.
+    gives the same masks and weights as one that was never interrupted, even where the checkpointer
+    makes float32 of float64.
     """
 
     current: TrainState  # the user's record: what the next interval trains
@@ -256,7 +264,6 @@ def iterative_pruning(
         return proposal
 
     def meets(metric: float, lowest: float) -> bool:
-        metric, lowest = _in_f32(metric), _in_f32(lowest)
         return not better(lowest, metric) or abs(lowest - metric) <= _F32_EPS * abs(lowest)
 
     def init(record: TrainState) -> PruningState:
@@ -297,6 +304,7 @@ def iterative_pruning(
             good_metric=dense,
             last_metric=dense,
             best_metric=worst,
+            rests=(),
         )
         record = _rebuilt(record)
         return PruningState(record, record, _to_arrays(progress))
@@ -347,10 +355,11 @@ def iterative_pruning(
                 best_metric=now.good_metric,
             )
             if not now.stopped:
-                proposal = propose_from(record, _in_f32(now.good_metric), _SETTLED, retreats)
+                proposal = propose_from(record, now.good_metric, _SETTLED, retreats)
 
         pruned = False
         if proposal.pruning_mask is not None:
+            check_pruning_mask(record.params, proposal.pruning_mask)
             before = _kept(record)
             refined = intersection(
                 proposal.pruning_mask, held_mask(record.params, record.opt_state)
@@ -420,7 +429,8 @@ def run_pruning(
     if not isinstance(state, PruningState):
         raise TypeError(
             f"run_pruning: state is a {type(state).__name__}. Give pruning.init(record), or a state"
-            " that was saved."
+            " that was saved, restored in its structure: a checkpointer takes pruning.init(record)"
+            " as what to restore into."
         )
     bar = _tqdm(pruning.max_checks, int(state.progress.check)) if progress_bar else None
     history: list[Check] = []
@@ -684,13 +694,36 @@ _F32_EPS = float(np.finfo(np.float32).eps)
 _apply_jitted = jax.jit(apply_mask)
 
 
+_METRICS = ("bound", "dense_metric", "good_metric", "last_metric", "best_metric")
+
+
 def _to_arrays(progress: Progress) -> Progress:
     dtypes = {bool: np.bool_, int: np.int32, float: np.float64}
-    return Progress(*(np.asarray(value, dtypes[type(value)]) for value in progress))
+    rests = [_parts(getattr(progress, name))[1:] for name in _METRICS]
+    numbers = progress._replace(rests=0)
+    arrays = Progress(*(np.asarray(value, dtypes[type(value)]) for value in numbers))
+    return arrays._replace(rests=np.array(rests, np.float32))
 
 
 def _from_arrays(progress: Progress) -> Progress:
-    return Progress(*(np.asarray(value).item() for value in progress))
+    """Python numbers, the same ones whether the metrics came back as float64 or as float32."""
+    rests = np.asarray(progress.rests, np.float64).sum(1).tolist()
+    numbers = Progress(*(np.asarray(value).item() for value in progress._replace(rests=0)))
+    metrics = {
+        name: _parts(getattr(numbers, name))[0] + rest
+        for name, rest in zip(_METRICS, rests, strict=True)
+    }
+    return numbers._replace(**metrics)
+
+
+def _parts(metric: float) -> tuple[float, float, float]:
+    """A float64 as the sum of three float32; itself where it is beyond their range."""
+    with np.errstate(over="ignore"):
+        high = float(np.float32(metric))
+    if not math.isfinite(high):
+        return metric, 0.0, 0.0
+    middle = float(np.float32(metric - high))
+    return high, middle, metric - high - middle
 
 
 def _copy(tree: PyTree) -> PyTree:
@@ -706,17 +739,10 @@ def _rebuilt(tree: PyTree) -> PyTree:
 
 
 def _comparison(name: str, mode: str) -> Callable[[float, float], bool]:
-    """Whether one metric is better than another, in float32."""
+    """Whether one metric is better than another."""
     if mode not in ("max", "min"):
         raise ValueError(f"{name}: mode={mode!r} is neither 'max' nor 'min'.")
-    compare = operator.gt if mode == "max" else operator.lt
-    return lambda one, other: compare(_in_f32(one), _in_f32(other))
-
-
-def _in_f32(metric: float) -> float:
-    """A metric as decisions see it: a checkpointer may restore float64 as float32."""
-    with np.errstate(over="ignore"):
-        return float(np.float32(metric))
+    return operator.gt if mode == "max" else operator.lt
 
 
 def _check_record(name: str, record: TrainState) -> None:

@@ -15,6 +15,7 @@ exactly.
 Amounts (threshold, sparsity, fraction) may be traced, and changing them does not recompile. Under
 ``jit`` a rule is part of one program. Called outside, it is a few small programs, which leaves of
 one shape share, and waits for the device; what floors and ties need is compiled when it is needed.
+On a mesh with explicit axes put ``jax.vmap`` of a rule under ``jit``, with the mapped axis whole.
 """
 
 import itertools
@@ -133,8 +134,8 @@ def mask_by_sparsity(
 
     Raises:
       ValueError: nothing is selected, the pruning mask or the scope does not fit the params,
-        ``sparsity`` is a Python number outside [0, 1] or ``floor`` negative.
-      TypeError: a label is not a string.
+        ``sparsity`` is outside [0, 1] (a traced one is clipped) or ``floor`` negative.
+      TypeError: ``sparsity`` is no number, or a label no string.
 
     Example:
       >>> import jax.numpy as jnp
@@ -183,8 +184,9 @@ def mask_by_fraction(
       The refined pruning mask.
 
     Raises:
-      ValueError: nothing is selected, the pruning mask does not fit the params, ``fraction`` is a
-        Python number outside [0, 1] or ``floor`` negative.
+      ValueError: nothing is selected, the pruning mask does not fit the params, ``fraction`` is
+        outside [0, 1] (a traced one is clipped) or ``floor`` negative.
+      TypeError: ``fraction`` is no number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -857,7 +859,7 @@ def _mask_tiles(
         )
         # And with what remains, the mask is sharded like the leaf even where nothing was out yet.
         return [
-            _spread(alive, _full(leaf) if keep is None else keep, tile=tile)
+            _spread(alive, _full(leaf) if keep is None else keep, leaf, tile=tile)
             for alive, keep, leaf, tile in zip(refined, keeps, leaves, tiles, strict=True)
         ]
 
@@ -895,8 +897,9 @@ def _partitioned(
 ) -> Callable[..., Array]:
     """A function that reshapes and pads ``leaf``, its sharding left to XLA.
 
-    On a mesh with explicit axes, that of ``jax.make_mesh``, JAX cannot type a reshape or a padding
-    of a sharded axis. The result is sharded like the leaf, or whole on each device.
+    On a mesh with explicit axes, that of newer versions' ``jax.make_mesh``, JAX cannot type a
+    reshape or a padding of a sharded axis. The result is sharded like the leaf, or whole on each
+    device.
     """
     sharding = jax.typeof(leaf).sharding
     if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
@@ -921,9 +924,9 @@ def _tiled(x: Array, tile: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
 
 
 @partial(jax.jit, static_argnames="tile")
-def _spread(alive: Array, keep: Array, tile: tuple[int, ...]) -> Array:
-    """From one flag a tile to one an entry, for those that remain."""
-    return _partitioned(partial(_spread_out, tile=tile), keep, True)(alive, keep)
+def _spread(alive: Array, keep: Array, leaf: Array, tile: tuple[int, ...]) -> Array:
+    """From one flag a tile to one an entry, for those that remain; sharded like the leaf."""
+    return _partitioned(partial(_spread_out, tile=tile), leaf, True)(alive, keep)
 
 
 def _spread_out(alive: Array, keep: Array, *, tile: tuple[int, ...]) -> Array:
@@ -1015,7 +1018,9 @@ def _axis(path: str, leaf: Array, axis: int) -> int:
 
 
 def _check_share(name: str, share: Any) -> None:
-    if not 0 <= _number(name, share, 0.0) <= 1:
+    # A float32 that should be 1 may be a little more; it counts as 1.
+    most = 1.0 if isinstance(share, int | float) else 1.0 + float(np.finfo(np.float32).eps)
+    if not 0 <= _number(name, share, 0.0) <= most:
         raise ValueError(f"{name}: {share} is not in [0, 1].")
 
 
@@ -1027,8 +1032,9 @@ def _number(name: str, amount: Any, traced: float) -> float:
         return float(amount)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"{name}: a {type(amount).__name__} where one number belongs; the params come first,"
-            f" then {name}."
+            f"{name}: one number belongs there, not {type(amount).__name__}"
+            + (f" of shape {amount.shape}." if hasattr(amount, "shape") else ".")
+            + f" The order is (params, {name})."
         ) from error
 
 
@@ -1082,4 +1088,4 @@ def _check_structure(name: str, tree: PyTree, like: PyTree, whose: str = "the pa
 
 
 def _named(path: str | None) -> str:
-    return "no more leaves" if path is None else f"a leaf at {path!r}"
+    return "no leaf" if path is None else f"a leaf at {path!r}"

@@ -69,7 +69,7 @@ def add_selective_shrinkage(
         :func:`restart_shrinkage`), read at 0 by the first step. Under
         ``optax.inject_hyperparams`` what is given as a function, a schedule, ``irrelevance`` or
         ``mask``, must be named in ``static_args``: an injected schedule is read from a count of its
-        own, which no pruning restarts.
+        own, which no pruning restarts, and ``mask`` would be called with that count.
       irrelevance: the score, ``(gradient, weight, scale) -> [0, 1]``, leaf by leaf in at least f32;
         None is :func:`sparsereg_jax.exponential_irrelevance`, the paper's.
       alpha: the score's scale: absolute, in the unit of the gradient, when ``rms_decay`` is None;
@@ -255,8 +255,8 @@ def selective_penalty(
       The scalar :math:`R`, in f32 (f64 if a leaf is).
 
     Raises:
-      ValueError: ``params`` and ``gradients`` differ in structure or shapes, or the score changes a
-        shape.
+      ValueError: ``params`` and ``gradients`` differ in structure, or in a shape where ``mask``
+        selects, or the score changes a shape.
       TypeError: a leaf of ``mask`` is not a Python bool.
 
     Example:
@@ -267,12 +267,18 @@ def selective_penalty(
       >>> print(jax.grad(selective_penalty)(params, gradients, strength=0.5)["w"])
       [1. 0.]
     """
-    _check_like(gradients, params)
     selected = resolve_mask(mask, params)
 
     def leaf_penalty(key_path, taken, weight, gradient):
         if not taken:
             return None
+        alone = jax.tree_util.all_leaves([gradient])
+        if not alone or jnp.shape(gradient) != jnp.shape(weight):
+            found = f"shape {jnp.shape(gradient)}" if alone else "no leaf"
+            raise ValueError(
+                f"gradients: at {leaf_path(key_path)!r} they have {found}, params shape"
+                f" {jnp.shape(weight)}. Give the gradients of these params."
+            )
         dtype = _term_dtype(gradient, weight)
         gradient, weight = jnp.asarray(gradient, dtype), jnp.asarray(weight, dtype)
         scale = jnp.asarray(alpha, dtype)
@@ -687,21 +693,6 @@ def _decoupled(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_like(gradients: PyTree, params: PyTree) -> None:
-    """Raises at the first leaf at which the gradients are not those of the params."""
-    shapes = [
-        {leaf_path(kp): jnp.shape(leaf) for kp, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (gradients, params)
-    ]
-    for path in {**shapes[1], **shapes[0]}:
-        found, wanted = (shape.get(path, "missing") for shape in shapes)
-        if found != wanted:
-            raise ValueError(
-                f"gradients: at {path!r} their shape is {found}, that of params {wanted}. Give the"
-                " gradients of these params, a tree of the same structure."
-            )
-
-
 def _term_dtype(*leaves: jax.Array) -> Any:
     """At least f32: in half precision a strength of 1e-5 is subnormal or lost."""
     wide = any(jnp.result_type(leaf) == jnp.float64 for leaf in leaves)
@@ -716,7 +707,9 @@ def _score(
     scale: jax.Array,
 ) -> jax.Array:
     # None, not the function, is the default: inject_hyperparams takes a function for a schedule.
-    score = (irrelevance or exponential_irrelevance)(gradient, weight, scale)
+    score = (exponential_irrelevance if irrelevance is None else irrelevance)(
+        gradient, weight, scale
+    )
     if jnp.shape(score) != gradient.shape:
         raise ValueError(
             f"irrelevance: it returned shape {jnp.shape(score)} for the gradient of shape"

@@ -163,6 +163,13 @@ def test_networks_at_levels(tmp_path, monkeypatch, capsys):
         stops += 1
     assert stops == 1 + 1 + whole["checks"] + 2  # the dense network, tuned; checks; two tuned
     assert found[0]["tuned"] == whole["tuned"]
+    # Cut off with other levels, the loop begins anew.
+    monkeypatch.setitem(experiment.LEVELS, "lenet300-digits", (0.0, 0.6))
+    for _ in range(9):
+        assert at_levels("changed", "15", "--resume", "--minutes", "0") == []
+    monkeypatch.setitem(experiment.LEVELS, "lenet300-digits", levels)
+    (changed,) = at_levels("changed", "15", "--resume")
+    assert changed["tuned"] == whole["tuned"]
     # The dense network is tuned once for all methods, and a record without levels is run again.
     (place,) = (tmp_path / "slices").glob("checkpoints/*/tuned-dense-seed0-1")
     before = place.stat().st_mtime_ns

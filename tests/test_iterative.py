@@ -20,6 +20,7 @@ from flax import nnx
 from flax.training import train_state
 
 import sparsereg_jax as sj
+from sparsereg_jax import iterative
 
 
 class Record(NamedTuple):
@@ -670,6 +671,44 @@ def test_a_state_restored_in_float32_goes_on_alike(mode):
     whole = decisions(lambda state: state)
     assert {check.action for check in whole[0]} >= {"pruned", "went back"}
     assert decisions(jax.device_put) == whole
+
+
+def test_small_improvements_of_a_large_metric_count():
+    """A hundredth of 1e6 is below the resolution of float32."""
+    tx, checks = held(), []
+
+    def at(change):
+        metrics = iter(-1e6 + change * i for i in range(9))
+        pruning = loop(
+            tx, evaluate=lambda params: next(metrics), bound=-2e6, stop_when_worsening=3,
+            propose=lambda situation: checks.append(situation.waited) or sj.Proposal(None),
+            max_checks=8,
+        )  # fmt: skip
+        return run(pruning, start(tx))[1]
+
+    assert len(at(-0.01)) == 3
+    checks.clear()
+    assert len(at(0.01)) == 8
+    assert checks == [0] * 8
+
+
+@pytest.mark.parametrize("metric", [0.9812, -1e6 - 0.01, 1e-20 / 3, math.pi * 1e30, 1e300, 0.0])
+def test_metrics_survive_a_checkpoint_in_float32(metric):
+    metrics = (metric, -metric, metric, math.inf, -math.inf)
+    progress = iterative._to_arrays(iterative.Progress(3, 0, 0, 0, 0, False, *metrics, ()))
+    numbers = iterative._from_arrays(progress)
+    assert numbers == (3, 0, 0, 0, 0, False, *metrics, 0)
+    if abs(metric) < 1e38:
+        restored = jax.device_put(progress)
+        assert restored.bound.dtype == jnp.float32
+        assert iterative._from_arrays(restored) == numbers
+
+
+def test_what_a_proposal_must_fit():
+    tx = held()
+    pruning = loop(tx, propose=lambda situation: sj.Proposal({"v": jnp.ones(20, bool)}))
+    with pytest.raises(ValueError, match="pruning_mask: its structure is not that of the params"):
+        run(pruning, start(tx))
 
 
 def test_leaves_that_nothing_holds():

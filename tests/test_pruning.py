@@ -160,9 +160,12 @@ def test_masks_on_a_mesh_of_explicit_axes(rule, spec):
     assert_same(jax.device_get(first), jax.device_get(rule(weights)))
     plain = rule(weights, pruning_mask=mask_by_sparsity(weights, 0.2))
     assert_same(jax.device_get(again), jax.device_get(plain))
+    jitted = jax.jit(rule)(params)
     with jax.set_mesh(mesh):
-        assert_same(jax.device_get(jax.jit(rule)(params)), jax.device_get(first))
-    for mask in (first, again):
+        within = jax.jit(rule)(params)
+    for mask in (jitted, within):
+        assert_same(jax.device_get(mask), jax.device_get(first))
+    for mask in (first, again, jitted, within):
         assert mask["w"].sharding.is_equivalent_to(sharding, 2)
 
 
@@ -583,8 +586,13 @@ def test_errors_name_the_path_and_the_fix():
     for threshold in (float("nan"), np.float32("nan"), jnp.float32("nan")):
         with pytest.raises(ValueError, match="threshold: NaN"):
             mask_by_threshold(params, threshold)
-    with pytest.raises(TypeError, match="sparsity: a dict where one number belongs; the params"):
+    with pytest.raises(TypeError, match=r"sparsity: one number belongs there, not dict. The order"):
         mask_by_sparsity(0.5, params)
+    with pytest.raises(TypeError, match=r"fraction: .* of shape \(2,\)\. The order is \(params, f"):
+        mask_by_fraction(params, jnp.ones(2))
+    # A sum of ten float32 tenths is 1.0000001.
+    everything = mask_by_sparsity(params, jnp.float32(1) + jnp.finfo(jnp.float32).eps, floor=0)
+    assert_same(everything, mask_by_sparsity(params, 1.0, floor=0))
     packed = pack_mask(good)
     for function in (count_kept, pruning.sparsity, pack_mask):
         with pytest.raises(ValueError, match=r"'decoder/0' is uint8, not bool.*unpack_mask"):

@@ -26,7 +26,7 @@ from .methods import METHODS
 from .sparsify import KINDS, LEVELS
 
 Records = dict[str, list[dict[str, Any]]]  # by method, a record a seed
-# What a dense network's BLEU depends on beside its width, with hidden and heads, and the precision
+# What a dense network's BLEU depends on besides its width, with hidden and heads, and the precision
 # of products.
 DENSE = (
     *("vocabulary", "layers", "dropout", "source_length", "target_length", "row", "batch"),
