@@ -230,10 +230,7 @@ def summarize(console: Console, records: list[dict[str, Any]]) -> None:
 
 
 def main(
-    network: str,
-    dataset: str,
-    description: str,
-    arguments: list[str] | None = None,
+    network: str, dataset: str, description: str, arguments: list[str] | None = None
 ) -> list[dict[str, Any]]:
     """The command line of one network.
 

@@ -17,8 +17,8 @@ An interval is then one program over data on the device, convolutions in TF32 (-
 bfloat16): 21,000 steps for the dense network, 21,000 a method in the loop. The loop is at the full
 learning rate and its bound, 82 % of the validation images, a low one; so the dense network and, for
 each of 80, 85, 90 and 95 % of zeros, the first one that met the bound are tuned for 7 epochs and
-measured, and ``python -m examples.tables`` shows those. The checkpoints of a run take up to 30 MB,
-those of a dense network 13. Methods of one seed run side by side only once its dense network is
+measured, and ``python -m examples.tables`` shows those. A checkpoint has 11 MB at most, those of a
+run together up to 30. Methods of one seed run side by side only once its dense network is
 there and tuned.
 """
 

@@ -1,7 +1,7 @@
 """One run: a method makes the network of a seed sparse, within the budget of its experiment."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,10 +135,9 @@ def sparsify(
         if method.bounded and check.met_bound:
             if smaller:
                 curve.append(point(state.good, state.progress.good_metric))
-            for level in levels:
-                if level and level not in reached and check.sparsity >= level - 0.002:
-                    sj.save_sparse(_good(places[level]), trainer.variables(state.good))
-                    reached.append(level)
+            for level in newly_reached(levels, check.sparsity, (0, *reached)):
+                sj.save_sparse(_good(places[level]), trainer.variables(state.good))
+                reached.append(level)
         late = overdue()
         due = late or pruning.done(state) or time.monotonic() > saved + checkpoints.SECONDS
         if loop_folder is not None and due:
@@ -178,6 +177,13 @@ def sparsify(
         tuned_seconds,
         dense.seconds,
     )
+
+
+def newly_reached(
+    levels: Iterable[float], sparsity: float, known: Collection[float]
+) -> list[float]:
+    """The levels that a sparsity comes to, by 0.2 points at most below, and that were not known."""
+    return [level for level in levels if level not in known and sparsity >= level - 0.002]
 
 
 def mask_of(record: trainer.Record) -> Any:

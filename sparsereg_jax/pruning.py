@@ -445,14 +445,19 @@ def check_pruning_mask(params: PyTree, pruning_mask: PyTree) -> None:
       >>> import jax.numpy as jnp
       >>> check_pruning_mask({"w": jnp.ones(2)}, {"w": jnp.array([True, False])})
     """
-    _check_structure("pruning_mask", pruning_mask, params)
+    _check_fits("pruning_mask", pruning_mask, params, "the params")
+
+
+def _check_fits(name: str, pruning_mask: PyTree, like: PyTree, whose: str) -> None:
+    """Raises unless a pruning mask fits the params, or another mask."""
+    _check_structure(name, pruning_mask, like, whose)
     for (kp, leaf), keep in zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(pruning_mask), strict=True
+        jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(pruning_mask), strict=True
     ):
         dtype = getattr(keep, "dtype", type(keep).__name__)
         if dtype != np.bool_ or jnp.shape(keep) != _mask_shape(leaf):
             raise ValueError(
-                f"pruning_mask: the leaf at {leaf_path(kp)!r} is {dtype} of shape"
+                f"{name}: the leaf at {leaf_path(kp)!r} is {dtype} of shape"
                 f" {jnp.shape(keep)}, not bool of shape {_mask_shape(leaf)}."
             )
 
@@ -654,7 +659,7 @@ def unpack_mask(packed: PyTree, like: PyTree) -> PyTree:
       >>> unpack_mask(pack_mask(pruning_mask), pruning_mask)["w"].tolist()
       [True, False, True]
     """
-    _check_structure("packed", packed, like)
+    _check_structure("packed", packed, like, "the params")
 
     def unpack(path: Any, leaf: Any, bits: Array) -> Array:
         shape = _mask_shape(leaf)
@@ -1040,16 +1045,7 @@ def _number(name: str, amount: Any, traced: float) -> float:
 
 def _check_both(a: PyTree, b: PyTree) -> None:
     _check_is_mask("a", a)
-    _check_is_mask("b", b)
-    _check_structure("b", b, a, "a")
-    for (kp, one), other in zip(
-        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
-    ):
-        if jnp.shape(one) != jnp.shape(other):
-            raise ValueError(
-                f"b: the leaf at {leaf_path(kp)!r} has shape {jnp.shape(other)} where a has"
-                f" {jnp.shape(one)}. Give two masks of the same params."
-            )
+    _check_fits("b", b, a, "a")
 
 
 def _check_is_mask(name: str, tree: PyTree) -> None:
@@ -1067,7 +1063,7 @@ def _check_floor(floor: int) -> None:
         raise ValueError(f"floor: {floor} is negative. 0 switches it off.")
 
 
-def _check_structure(name: str, tree: PyTree, like: PyTree, whose: str = "the params") -> None:
+def _check_structure(name: str, tree: PyTree, like: PyTree, whose: str) -> None:
     """Raises at the first path at which a tree's structure is not that of ``like``."""
     structure: Any = jax.tree.structure(tree)
     if structure == jax.tree.structure(like):

@@ -130,7 +130,7 @@ def test_cut_off_and_resumed_is_the_same(method, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_networks_at_levels(tmp_path, monkeypatch, capsys):
+def test_networks_at_levels(tmp_path, monkeypatch):
     levels = (0.0, 0.3, 0.6, 0.99)
     monkeypatch.setitem(experiment.LEVELS, "lenet300-digits", levels)
 
@@ -179,7 +179,6 @@ def test_networks_at_levels(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(experiment.LEVELS, "lenet300-digits", (0.0, 0.5))
     (again,) = at_levels("slices", "15", "--resume")
     assert list(again["tuned"]) == ["0", "0.5"]
-    capsys.readouterr()
 
 
 def test_a_network_at_a_level_has_met_the_bound(tmp_path):
@@ -201,7 +200,7 @@ def test_a_network_at_a_level_has_met_the_bound(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_level_reached_after_the_last_checkpoint_is_reached_again(tmp_path, monkeypatch):
+def test_a_level_reached_after_the_last_checkpoint_is_reached_again(tmp_path):
     """Killed between two checkpoints, what lay there already is not what the run came to."""
     bench = experiment.load(SETTINGS._replace(dense_epochs=1, epochs=15, interval=5, bound=0.0))
     arguments = (bench, METHODS["none"], 0.12, 0)

@@ -17,6 +17,7 @@ import sparsereg_jax as sj
 from .. import checkpoints, trainer
 from ..checkpoints import OutOfTime
 from ..methods import Method
+from ..sparsify import newly_reached
 from . import experiment
 from .experiment import Experiment, Scores
 from .methods import plain_adam
@@ -219,7 +220,7 @@ def _scored(bench: Experiment, params: Any, path: Path, overdue: Callable[[], bo
 def reached(record: trainer.Record, known: dict[float, float]) -> list[float]:
     """The levels of sparsity that a network is the first to reach, by 0.2 points at most below."""
     sparsity = float(sj.sparsity(sj.held_mask(record.params, record.opt_state)))
-    return [level for level in LEVELS if level not in known and sparsity >= level - 0.002]
+    return newly_reached(LEVELS, sparsity, known)
 
 
 def by_kind(params: Any) -> dict[str, float]:
