@@ -187,6 +187,11 @@ FASHION = {
     "never goes back": changed(recovery=None),
     "bound 91 %": Variant(settings={"bound": 0.91}),
 }
+# What the README shows of LeNet-300-100.
+IN_SHORT = (
+    *("no regularizer", "gate, alpha 1", "L1", "selective_adam as it comes", "constant strength"),
+    *("decoupled", "no label smoothing", "never goes back", "cosine learning rate", "not tuned"),
+)
 VARIANTS = {"lenet300-mnist": LENET300, "lenet5-mnist": LENET5, "lenet5-fashion_mnist": FASHION}
 
 

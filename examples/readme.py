@@ -1,4 +1,4 @@
-r"""Puts the tables that the records in results/ give between the README's markers.
+r"""Puts the tables that the records give between the markers of README.md and results/*.md.
 
 python -m examples.readme    # needs the extra [language]
 """
@@ -59,9 +59,13 @@ def made(folder: Path) -> dict[str, str]:
         )
         found[f"{experiment} paired"] = tables.comparison(records, tables.LEVELS)
         lines = search.read(folder / f"ablations-{experiment}.jsonl")
-        found[f"{experiment} ablations"] = ablations.table(
-            ablations.VARIANTS[experiment], lines, records["default"]
-        )
+        variants = ablations.VARIANTS[experiment]
+        found[f"{experiment} ablations"] = ablations.table(variants, lines, records["default"])
+        if experiment == "lenet300-mnist":
+            few = {name: variants[name] for name in ablations.IN_SHORT}
+            found[f"{experiment} ablations in short"] = ablations.table(
+                few, lines, records["default"]
+            )
     for corpus, by_method in language.read(folder).items():
         found[f"{corpus} by level"] = language.by_level(by_method)
         found[f"{corpus} in full"] = language.in_full(by_method)
@@ -88,15 +92,21 @@ def filled(text: str, found: dict[str, str]) -> str:
     return text
 
 
+def pages(root: Path) -> list[Path]:
+    """The pages that have tables."""
+    return [root / "README.md", root / "results" / "images.md", root / "results" / "language.md"]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--root", type=Path, default=Path(), help="folder of the README")
     options = parser.parse_args(arguments)
-    text = options.readme.read_text(encoding="utf-8")
-    text = filled(text, made(options.results))
-    options.readme.write_text(text, encoding="utf-8", newline="\n")
+    found = made(options.root / "results")
+    # All are filled before one is written: a marker that is wrong changes nothing.
+    texts = {page: filled(page.read_text(encoding="utf-8"), found) for page in pages(options.root)}
+    for page, text in texts.items():
+        page.write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

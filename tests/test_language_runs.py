@@ -283,7 +283,13 @@ def test_bootstrap_tells_better_from_worse(tmp_path):
             for reference, before, own in zip(references, dense, sparse, strict=True):
                 line = {"source": "", "reference": reference, "dense": before, "sparse": own}
                 print(json.dumps(line, ensure_ascii=False), file=file)
-    records = {"paper": [{"seed": 3}], "l2": [{"seed": 0}], "none": [{"seed": 3}]}
+    # Outputs of l1 are of a run from another dense network.
+    with (folder / "toy-l1-seed3.jsonl").open("w", encoding="utf-8") as file:
+        for reference, before, own in zip(references, other, worse, strict=True):
+            line = {"source": "", "reference": reference, "dense": before, "sparse": own}
+            print(json.dumps(line), file=file)
+    seeds = {"paper": 3, "l2": 0, "l1": 3, "none": 3}
+    records = {method: [{"seed": seed}] for method, seed in seeds.items()}
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in tables.bootstrap(tmp_path, "toy", records).splitlines()[2:]
@@ -292,11 +298,15 @@ def test_bootstrap_tells_better_from_worse(tmp_path):
         ["paper", "dense", "3"],
         ["none", "dense", "3"],
         ["paper", "none", "3"],
+        ["l1", "dense", "3"],
     ]
     scores = {
         name: sacrebleu.corpus_bleu(outputs, [references], tokenize="intl").score
         for name, outputs in (("dense", dense), ("none", other), ("paper", worse))
     }
+    *rows, (_, _, _, score, difference, _) = rows
+    assert score == f"{scores['paper']:.2f}"
+    assert difference == f"{scores['paper'] - scores['none']:+.2f}"  # "none" wrote l1's dense
     for name, base, _, score, difference, p in rows:
         assert score == f"{scores[name]:.2f}"
         assert difference == f"{scores[name] - scores[base]:+.2f}"

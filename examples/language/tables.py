@@ -133,25 +133,32 @@ def widths(folder: Path) -> str:
 
 
 def bootstrap(folder: Path, corpus: str, records: Records) -> str:
-    """At the level whose outputs are kept: each method against its dense network and "none"."""
+    """At the level whose outputs are kept: each method against its dense network and "none".
+
+    Where a seed's dense network was trained anew, on another machine for instance, methods are
+    compared with those that began from the same one.
+    """
     rows = []
     for seed in sorted({run["seed"] for runs in records.values() for run in runs}):
-        outputs = {}
+        starts: dict[tuple[str, ...], dict[str, list[str]]] = {}
         for method, runs in records.items():
             path = folder / "outputs" / f"{corpus}-{method}-seed{seed}.jsonl"
             if any(run["seed"] == seed for run in runs) and path.exists():
                 lines = samples.read(path)
                 if "sparse" in lines[0]:
-                    outputs[method] = [line["sparse"] for line in lines]
-                    outputs["dense"] = [line["dense"] for line in lines]
+                    dense = tuple(line["dense"] for line in lines)
+                    sparse = [line["sparse"] for line in lines]
+                    starts.setdefault(dense, {})[method] = sparse
                     references = [line["reference"] for line in lines]
-        for base in ("dense", "none"):
-            others = [name for name in outputs if name not in ("dense", base)]
-            if base in outputs and others:
-                rows += [
-                    [name, base, seed, *row]
-                    for name, row in _compared(outputs, base, others, references)
-                ]
+        for dense, outputs in starts.items():
+            for base in ("dense", "none"):
+                others = [name for name in outputs if name != base]
+                if others and base in ("dense", *outputs):
+                    known = outputs | {"dense": list(dense)}
+                    rows += [
+                        [name, base, seed, *row]
+                        for name, row in _compared(known, base, others, references)
+                    ]
     headers = ["method", "against", "seed", "BLEU", "difference", "p"]
     return tabulate(rows, headers, "github", disable_numparse=True)
 
@@ -220,8 +227,12 @@ def _compared(outputs, base, others, references):
 
 
 def _dense(records):
-    """Of each seed once: the methods of a seed start from the same network."""
-    found = {run["seed"]: run["dense"] for runs in records.values() for run in runs}
+    """Each network that methods began from, once."""
+    found = {
+        (run["seed"], run["dense"]["loss"]): run["dense"]
+        for runs in records.values()
+        for run in runs
+    }
     none = {"sparsity": 0.0, "kinds": dict.fromkeys(KINDS, 0.0)}
     return [none | dense for dense in found.values()]
 
