@@ -5,9 +5,9 @@ r"""All image experiments: every run, then the tables. Resumable; what is there 
     python -m examples.reproduce --data-dir DIR --part 1 2       # and odd seeds
     python -m examples.reproduce --data-dir DIR --five-seeds     # all of them, for a GPU
 
-The README's tables are what to expect. Runs are taken in an order in which they fill evenly. The
-strengths are those written in examples/methods.py; this command does not choose anew. --five-seeds
-runs every method that has one.
+The tables of results/images.md are what to expect. Runs are taken in an order in which they fill
+evenly. The strengths are those written in examples/methods.py; this command does not choose anew.
+--five-seeds runs every method that has one.
 """
 
 import argparse

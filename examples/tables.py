@@ -1,6 +1,6 @@
 r"""The records of the image experiments as tables and figures.
 
-    python -m examples.tables    # tables to the screen, as in the README; figures to results/
+    python -m examples.tables    # tables to the screen; figures to results/
 
 Means over seeds with 95 % intervals (Student's t); the comparison of the gate with I = 1 is paired
 by seed. Reads results/NETWORK-DATASET-METHOD-seedN.json.
