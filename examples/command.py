@@ -3,11 +3,12 @@
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import sys
 import time
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,29 @@ import sparsereg_jax as sj
 from . import checkpoints, experiment, figures, sparsify, trainer
 from .experiment import Experiment, Settings
 from .hardware import hardware
-from .methods import METHODS, OWN_BOUNDS, Method, fingerprint, strength_of
+from .methods import METHODS, Method, fingerprint, strength_of, with_own_bound
 
 
 def stem(settings: Settings, method: str, seed: int) -> str:
     """What the files of a run are called."""
-    return f"{settings.network}-{settings.dataset}-{method}-seed{seed}"
+    dataset = re.sub(r"[/:]+", "-", settings.dataset)  # "emnist/letters"
+    return f"{settings.network}-{dataset}-{method}-seed{seed}"
 
 
 def recorded(
-    out: Path, settings: Settings, method: str, strength: float, seed: int
+    out: Path,
+    settings: Settings,
+    method: str,
+    strength: float,
+    seed: int,
+    title: str | None = None,
 ) -> dict[str, Any] | None:
-    """The record of just this run, with these settings; None where there is none."""
-    wanted: dict[str, Any] = {
+    """The record of just this run, with these settings; None where there is none.
+
+    ``title`` is that of the data, of which there may be copies: None where they are not loaded.
+    """
+    wanted: dict[str, Any] = {} if title is None else {"data": title}
+    wanted |= {
         "settings": settings._asdict(),
         "fingerprint": fingerprint(METHODS[method]),
         "strength": strength,
@@ -50,12 +61,6 @@ def record_with(path: Path, **wanted: Any) -> dict[str, Any] | None:
     record = json.loads(path.read_text())
     same = all(record.get(name) == value for name, value in wanted.items())
     return record if same else None
-
-
-def with_own_bound(settings: Settings, method: str) -> Settings:
-    """The settings of a method, which may have a bound of its own."""
-    own = OWN_BOUNDS.get(f"{settings.network}-{settings.dataset}", {})
-    return settings._replace(bound=own.get(method, settings.bound))
 
 
 def run(
@@ -249,6 +254,10 @@ def main(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    # The defaults of the other flags are those of the data set.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default=dataset)
+    settings = experiment.settings(network, first.parse_known_args(arguments)[0].dataset)
     parser.add_argument(
         "--dataset",
         default=dataset,
@@ -270,11 +279,10 @@ def main(
     parser.add_argument(
         "--report", action="store_true", help="write a page on each network into OUT/report-*"
     )
-    add_flags(parser, experiment.settings(network, dataset), ("network", "dataset"))
+    add_flags(parser, settings, ("network", "dataset"))
     options = parser.parse_args(arguments)
     settings = experiment.settings(network, options.dataset)
-    changes = {name: getattr(options, name) for name in settings._fields if name in options}
-    settings = settings._replace(**{k: v for k, v in changes.items() if v is not None})
+    settings = settings._replace(**given(options, settings))
     if options.strength is not None:
         check_strength(parser, METHODS, options.method, options.strength)
     try:
@@ -289,14 +297,23 @@ def main(
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
 
     console = Console()
-    bench = experiment.load(settings, options.data_dir)
+    own = {
+        method: settings if "bound" in options else with_own_bound(settings, method)
+        for method in options.method
+    }
+    try:
+        bench = experiment.load(settings, options.data_dir)
+        for method in options.method:
+            sparsify.check(bench, METHODS[method], strengths[method])
+    except (ValueError, ImportError, OSError) as wrong:
+        parser.error(str(wrong))
     records, failed = [], False
     try:
         for method in options.method:
-            own = with_own_bound(settings, method) if options.bound is None else settings
-            bench = bench._replace(settings=own)
+            bench = bench._replace(settings=own[method])
             for seed in options.seed:
-                known = recorded(options.out, own, method, strengths[method], seed)
+                title = bench.splits.title
+                known = recorded(options.out, own[method], method, strengths[method], seed, title)
                 if options.resume and known is not None:
                     records.append(known)
                     continue
@@ -330,7 +347,7 @@ def main(
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: Any, without: Sequence[str] = ()) -> None:
-    """A flag for each of the settings, a NamedTuple; None where it is not given.
+    """A flag for each of the settings, a NamedTuple; see :func:`given`.
 
     What a flag is for is the text of the field's ``Annotated``.
     """
@@ -341,13 +358,28 @@ def add_flags(parser: argparse.ArgumentParser, settings: Any, without: Sequence[
         if typing.get_origin(hint) is typing.Annotated:
             hint, said = typing.get_args(hint)
             said = said.replace("%", "%%") + " "
-        kind = next(kind for kind in (*typing.get_args(hint), hint) if kind is not type(None))
+        kinds = typing.get_args(hint) or (hint,)
+        kind = next(kind for kind in kinds if kind is not type(None))
         flag, text = f"--{name.replace('_', '-')}", f"{said}(default: {getattr(settings, name)})"
+        how: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if kind is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=action, default=None, help=text)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **how)
         else:
-            parser.add_argument(flag, type=kind, help=text)
+            read = _or_none(kind) if type(None) in kinds else kind
+            parser.add_argument(flag, type=read, metavar=name.upper(), **how)
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it: "invalid int value"
+    return read
+
+
+def given(options: argparse.Namespace, settings: Any) -> dict[str, Any]:
+    """Those of the settings that flags were given for."""
+    return {name: getattr(options, name) for name in settings._fields if name in options}
 
 
 def check_strength(

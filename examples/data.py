@@ -136,9 +136,18 @@ def _array_record(builder: Any) -> bool:
 
 
 def files(builder: Any, split: str) -> tuple[list[bytes], list[int]]:
-    """The image files of a set prepared as ArrayRecord, as they are, and their labels."""
+    """The image files of a set prepared as ArrayRecord, as they are, and their labels.
+
+    Raises:
+      ValueError: it is prepared in another format.
+    """
     from tensorflow_datasets import decode
 
+    if not _array_record(builder):
+        raise ValueError(
+            f"{builder.name!r} in {builder.data_dir} is not ArrayRecord; prepare it anew in another"
+            " folder."
+        )
     source = builder.as_data_source(split=split, decoders={"image": decode.SkipDecoding()})
     rows = source.__getitems__(range(len(source)))
     return [row["image"] for row in rows], [row["label"] for row in rows]

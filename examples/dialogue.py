@@ -7,7 +7,8 @@ r"""Task-oriented dialogue, a Transformer made sparse: from all that was said to
     python -m examples.dialogue --folder DIR --authors --resume --minutes 6    # again and again
 
 DIR of --folder has the files of Taskmaster-1: self-dialogs.json, woz-dialogs.json or both, and
-train.csv, dev.csv and test.csv with ids. --authors is the paper's own setting, for a GPU or TPU.
+train.csv, dev.csv and test.csv with ids. --authors is the paper's own setting, for a GPU or TPU;
+replies of 80 tokens, packed rows, bfloat16 products and the warm-up of the dense network are ours.
 The usual one is for two cores: 12,000 training pairs, and of a history the last 64 tokens, which
 cuts three histories of four on Schema-Guided Dialogue. There, on one of two busy cores: 16 to 19
 minutes for the dense network (test BLEU 7.5, mean of seeds 0 and 1) and half an hour a run; at 77 %
@@ -62,7 +63,7 @@ AUTHORS = {
     "row": 768,
     "batch": 10,
     "train_pairs": None,
-    "validation_pairs": 300,
+    "validation_pairs": 10_000,  # all there are
     "test_pairs": None,
     "interval": 300,
     "share": 0.97,

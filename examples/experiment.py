@@ -23,7 +23,9 @@ class Settings(NamedTuple):
     dense_epochs: Annotated[int, "epochs of the dense network"]
     epochs: Annotated[int, "epochs in all: dense, loop and tuning"]
     interval: Annotated[int, "steps between two checks"] = 250
-    fraction: Annotated[float, "of what is left, pruned at a check that meets the bound"] = 0.04
+    fraction: Annotated[
+        float, "of what is left, pruned at a check (default, longer: 1.25 x; none: --strength)"
+    ] = 0.04
     batch: Annotated[int, "images a step"] = 100
     learning_rate: float = 1e-3
     bfloat16: Annotated[bool, "compute in bfloat16; parameters stay in float32"] = False

@@ -10,9 +10,11 @@ import jax
 
 
 def hardware() -> dict[str, Any]:
-    """Device, cores this process may use, versions, date."""
+    """Device, precision of float32 products, cores this process may use, versions, date."""
     return {
         "device": jax.devices()[0].device_kind,
+        "matmul_precision": jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        or "default",
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")

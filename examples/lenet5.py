@@ -10,7 +10,8 @@ paper's preset, whose bound is 98.0 %, 99.9 % at 1.7 %; on Fashion-MNIST 99.5 % 
 8.4 %) and 98.6 % at 9.3 %.
 
 The paper's loop is run with 8 % (Fashion-MNIST: 10 %) of what is left at each pruning, not 4 %: in
-50 epochs there are only 92 checks. The authors' budget: --epochs 128 --fraction 0.04.
+50 epochs there are only 92 checks. The authors' budget: --epochs 128 --fraction 0.04; of ``none``
+the fraction is its strength (--method none --strength 0.04).
 """
 
 import sys

@@ -14,7 +14,7 @@ import optax
 
 import sparsereg_jax as sj
 
-from .experiment import USUAL
+from .experiment import USUAL, Settings
 
 Propose = Callable[[sj.Situation], sj.Proposal]
 
@@ -300,6 +300,12 @@ OWN_BOUNDS = {
     "lenet5-mnist": {name: 0.98 for name in METHODS if name != "default"} | {"longer": 0.988},
     "lenet5-fashion_mnist": {"longer": 0.9},
 }
+
+
+def with_own_bound(settings: Settings, method: str) -> Settings:
+    """The settings of an experiment, with the bound of a method that has one of its own."""
+    own = OWN_BOUNDS.get(f"{settings.network}-{settings.dataset}", {})
+    return settings._replace(bound=own.get(method, settings.bound))
 
 
 def fingerprint(method: Method) -> str:

@@ -60,7 +60,9 @@ class ResNet32(nn.Module):
         for width in self.widths:
             for _ in range(self.blocks):
                 stride = 1 if width == x.shape[-1] else 2
-                y = nn.Conv(width, (3, 3), strides=stride, use_bias=False)(x)
+                # Not "SAME": at a stride of 2 that centres the kernel on other pixels than the
+                # shortcut takes.
+                y = nn.Conv(width, (3, 3), stride, padding=1, use_bias=False)(x)
                 y = nn.relu(normalize(y))
                 y = normalize(nn.Conv(width, (3, 3), use_bias=False)(y))
                 more = width - x.shape[-1]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .data import files, table_name
+from .data import files, prepared, table_name
 
 
 def pack(name: str, data_dir: str | Path | None, path: Path) -> None:
@@ -24,9 +24,7 @@ def pack(name: str, data_dir: str | Path | None, path: Path) -> None:
       data_dir: where tensorflow-datasets keeps its data; None for its own default.
       path: ends in ``.npz``.
     """
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder(name, data_dir=data_dir)
+    builder = prepared(name, data_dir)
     arrays: dict[str, Any] = {"name": np.array(name)}
     for split in ("train", "test"):
         encoded, labels = files(builder, split)
@@ -46,7 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.path.suffix != ".npz":
         parser.error(f"{options.path}: the file's name must end in .npz.")
-    pack(options.name, options.data_dir, options.path)
+    try:
+        pack(options.name, options.data_dir, options.path)
+    except (ValueError, ImportError) as wrong:
+        parser.error(str(wrong))
     print(f"{options.path}: {options.path.stat().st_size / 2**20:.1f} MiB")
 
 

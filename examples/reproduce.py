@@ -21,7 +21,7 @@ import sparsereg_jax as sj
 
 from . import checkpoints, command, experiment, tables
 from .experiment import EXPERIMENTS
-from .methods import METHODS, STRENGTHS
+from .methods import METHODS, STRENGTHS, with_own_bound
 
 FOUR = ("default", "paper", "l2", "none")
 SMALL = STRENGTHS["lenet300-mnist"]
@@ -64,15 +64,26 @@ def main(arguments: list[str] | None = None) -> None:
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     console = Console()
     part, parts = options.part
+    if not 0 <= part < parts:
+        parser.error(f"--part {part} {parts}: I is from 0 to N - 1.")
+    planned = [
+        (name, method, seed)
+        for name, method, seed in runs(options.five_seeds)
+        if name in options.experiment and method in options.method
+    ]
+    if not planned:
+        parser.error(
+            "there is nothing to run: what is not in the plan for two cores, ResNet-32 for one,"
+            " needs --five-seeds; for the digits: python -m examples.lenet300."
+        )
     loaded: dict[str, experiment.Experiment] = {}
     failed = False
     try:
-        for name, method, seed in runs(options.five_seeds):
+        for name, method, seed in planned:
             # By seed: the runs of a seed share a dense network, which only one process may write.
-            skipped = name not in options.experiment or method not in options.method
-            if skipped or seed % parts != part:
+            if seed % parts != part:
                 continue
-            settings = command.with_own_bound(EXPERIMENTS[name], method)
+            settings = with_own_bound(EXPERIMENTS[name], method)
             strength = STRENGTHS[name][method]
             if command.recorded(options.out, settings, method, strength, seed) is not None:
                 continue

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from . import experiment
 from .experiment import EXPERIMENTS, Experiment
-from .methods import METHODS, Method
+from .methods import METHODS, Method, with_own_bound
 from .sparsify import sparsify
 
 SEARCHED = [name for name in METHODS if name not in ("default", "longer", "paper")]
@@ -115,17 +115,18 @@ def main(arguments: list[str] | None = None) -> None:
     loop = settings.epochs - settings.dense_epochs
     epochs = settings.dense_epochs + loop // 3 if options.epochs is None else options.epochs
     settings = settings._replace(epochs=epochs)
-    runs = [(name, strength, 0) for name in options.method for strength in METHODS[name].strengths]
     path = options.out / f"search-{options.experiment}.jsonl"
     bench = experiment.load(settings, options.data_dir)
-    explore(bench, METHODS, runs, path)
     for name in options.method:
+        own = with_own_bound(settings, name)
+        runs = [(name, strength, 0) for strength in METHODS[name].strengths]
+        explore(bench._replace(settings=own), METHODS, runs, path)
         run = (name, epochs, METHODS[name].version)
         lines = [
             line for line in read(path) if (line["method"], line["epochs"], line["version"]) == run
         ]
-        if settings.bound is not None:
-            number = chosen(lines, settings.bound, len(bench.splits.validation.labels))
+        if own.bound is not None:
+            number = chosen(lines, own.bound, len(bench.splits.validation.labels))
             print(f"{name}: {number:g}")
 
 

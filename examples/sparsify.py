@@ -179,6 +179,16 @@ def sparsify(
     )
 
 
+def check(bench: Experiment, method: Method, strength: float) -> None:
+    """Finds what is wrong with the settings of a run before anything is trained.
+
+    Raises:
+      ValueError: the budget leaves no time for the loop, or a share is not between 0 and 1.
+    """
+    _, checks = _budget(bench, method)
+    method.propose(strength, bench.settings.fraction, checks + method.rewind)
+
+
 def newly_reached(
     levels: Iterable[float], sparsity: float, known: Collection[float]
 ) -> list[float]:

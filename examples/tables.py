@@ -44,12 +44,15 @@ def read(folder: Path, experiment: str) -> Records:
         paths = sorted(folder.glob(f"{experiment}-{method}-seed*.json"))
         if paths:
             records = [json.loads(path.read_text()) for path in paths]
-            made_by = {(repr(r["settings"]), r.get("fingerprint"), r["strength"]) for r in records}
+            made_by = {
+                (repr(r["settings"]), r["data"], r.get("fingerprint"), r["strength"])
+                for r in records
+            }
             if len(made_by) > 1:
                 raise ValueError(
                     f"{folder}: the records of {experiment}-{method} were not made with the same"
-                    f" settings and strength: {sorted(made_by)}. Keep other settings' records in a"
-                    " folder of their own (--out)."
+                    f" data, settings and strength: {sorted(made_by)}. Keep others in a folder of"
+                    " their own (--out)."
                 )
             found[method] = sorted(records, key=lambda record: record["seed"])
     return found
@@ -114,7 +117,9 @@ def on_the_way(records: Records, accuracies: Sequence[float]) -> str:
     for method, runs in records.items():
         cells = []
         for accuracy in accuracies:
-            met = [[point for point in run["curve"] if point[1] >= accuracy] for run in runs]
+            # Accuracies are of float32: 0.905 is on record as 0.90499997. An image is 2e-4.
+            least = accuracy - 1e-6
+            met = [[point for point in run["curve"] if point[1] >= least] for run in runs]
             found = [max(points)[::2] for points in met if points]
             if not found:
                 cells.append("-")
@@ -162,6 +167,8 @@ def comparison(records: Records, levels: Sequence[float]) -> str:
     if not {ours, "l2"} <= records.keys():
         return "The gate and I ≡ 1 have not both been run."
     seeds = sorted({run["seed"] for run in records[ours]} & {run["seed"] for run in records["l2"]})
+    if len(seeds) < 2:
+        return "The gate and I ≡ 1 have fewer than two seeds in common."
     gate, flat = (
         [run for run in records[method] if run["seed"] in seeds] for method in (ours, "l2")
     )
@@ -222,6 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
+    if not options.results.is_dir():
+        parser.error(f"--results: there is no folder {options.results}.")
     for experiment in EXPERIMENTS:
         records = read(options.results, experiment)
         if not records:
@@ -229,7 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
         first = next(iter(records.values()))[0]
         print(f"\n## {first['settings']['network']}, {first['data']}\n")
         print(table(records), end="\n\n")
-        print(on_the_way(records, ACCURACIES.get(experiment, ())), end="\n\n")
+        if accuracies := ACCURACIES.get(experiment):
+            print(on_the_way(records, accuracies), end="\n\n")
         if tuned := at_levels(records):
             print(tuned, end="\n\n")
         print(comparison(records, LEVELS))

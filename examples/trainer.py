@@ -147,9 +147,7 @@ def trainer(
         if augment is not None:
             images = augment(key, images)
         logits, model_state = forward(params, model_state, images)
-        hard = labels.ndim == 1
-        wanted = jax.nn.one_hot(labels, logits.shape[-1]) if hard else labels
-        wanted = optax.smooth_labels(wanted, smoothing)
+        wanted = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
         return optax.softmax_cross_entropy(logits, wanted).mean(), model_state
 
     return interval(loss, tx, data, batch, steps, sharding, scan)

@@ -1,5 +1,6 @@
 """The example end to end in a few steps, and its data through tensorflow-datasets' real files."""
 
+import argparse
 import functools
 import importlib.util
 import io
@@ -22,6 +23,7 @@ from examples import (
     figures,
     lenet5,
     lenet300,
+    methods,
     models,
     nnx_digits,
     pack,
@@ -243,13 +245,14 @@ def test_a_rewound_round_starts_from_the_early_weights():
 
 
 def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path, capsys):
-    with pytest.raises(ValueError, match="epochs: of 3, 3 are for the dense network"):
-        run(tmp_path, "--dense-epochs", "3", epochs="3")
-    with pytest.raises(ValueError, match="batch: 2000 is more than the 898 training images"):
-        run(tmp_path, "--batch", "2000")
-    with pytest.raises(ValueError, match="batch: 100 is more than the 50 training images"):
-        run(tmp_path, "--train-images", "50")
     for arguments, message in [
+        (["--dense-epochs", "6"], "epochs: of 6, 6 are for the dense network"),
+        (["--batch", "2000"], "batch: 2000 is more than the 898 training images"),
+        (["--train-images", "50"], "batch: 100 is more than the 50 training images"),
+        (["--fraction", "0.88"], "fraction_step: fraction=1.1 "),
+        (["--method", "none", "--strength", "0"], "fraction_step: fraction=0.0 "),
+        (["--validation", "1498"], "validation=1498 is not between"),
+        (["--validation", "few"], "invalid int value: 'few'"),
         (["--method", "l1", "l2", "--strength", "1e-3"], "one method's own number"),
         (["--method", "paper", "--strength", "1e-4"], "paper has 0.001 and no other"),
         (["--method", "gradual", "--strength", "1"], "a sparsity, in \\(0, 1\\)"),
@@ -259,6 +262,62 @@ def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path, capsys):
             run(tmp_path, *arguments)
         assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "networks").exists()
+
+
+def test_flags_are_those_of_the_data_set(capsys):
+    for dataset, shown in (("digits", "1500"), ("mnist", "260")):
+        with pytest.raises(SystemExit, match="0"):
+            lenet300.main(["--dataset", dataset, "--help"])
+        assert re.search(rf"epochs in all.*\s+\(default:\s+{shown}\)", capsys.readouterr().out)
+    parser, settings = argparse.ArgumentParser(), SETTINGS._replace(validation=9)
+    command.add_flags(parser, settings, ("network", "dataset"))
+    flags = ["--bound", "none", "--validation", "7", "--no-bfloat16", "--train-images", "None"]
+    assert command.given(parser.parse_args(flags), settings) == {
+        "bound": None,
+        "validation": 7,
+        "bfloat16": False,
+        "train_images": None,
+    }
+    assert command.given(parser.parse_args([]), settings) == {}
+    assert command.stem(settings._replace(dataset="emnist/letters:3.1.0"), "l2", 4) == (
+        "lenet300-emnist-letters-3.1.0-l2-seed4"
+    )
+
+
+def test_what_cannot_be_shown_or_run_is_said(tmp_path, capsys):
+    for main, arguments, said in (
+        (tables.main, ["--results", str(tmp_path / "no")], "there is no folder"),
+        (reproduce.main, ["--experiment", "resnet32-cifar10"], "needs --five-seeds"),
+        (reproduce.main, ["--part", "2", "2"], "--part 2 2: I is from 0 to N - 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert said in capsys.readouterr().err
+    alone = {
+        method: [record(method, seed, 0.9, 2.0, [])] for seed, method in enumerate(["paper", "l2"])
+    }
+    assert tables.comparison(alone, (0.95,)) == (
+        "The gate and I ≡ 1 have fewer than two seeds in common."
+    )
+
+
+def test_records_of_other_copies_of_the_data_are_kept_apart(tmp_path):
+    settings = EXPERIMENTS["resnet32-cifar10"]
+    entries = {
+        "settings": settings._asdict(),
+        "fingerprint": methods.fingerprint(METHODS["l2"]),
+        "strength": 1e-3,
+        "levels": list(experiment.levels(settings)),
+    }
+    for seed, title in ((0, "cifar10, JPEG copy"), (1, "cifar10")):
+        path = tmp_path / f"resnet32-cifar10-l2-seed{seed}.json"
+        path.write_text(json.dumps({**entries, "seed": seed, "data": title}))
+        for wanted in ("cifar10", "cifar10, JPEG copy"):
+            found = command.recorded(tmp_path, settings, "l2", 1e-3, seed, wanted)
+            assert (found is not None) == (wanted == title)
+        assert command.recorded(tmp_path, settings, "l2", 1e-3, seed) is not None
+    with pytest.raises(ValueError, match="not made with the same data"):
+        tables.read(tmp_path, "resnet32-cifar10")
 
 
 def test_a_bound_that_is_missed_does_not_end_the_other_runs(tmp_path, capsys):
@@ -464,6 +523,10 @@ def test_sparsest_networks_at_an_accuracy():
     text = tables.on_the_way({"l2": runs, "snip": [record("snip", 0, 0.9, 4, [])]}, (0.98, 0.97, 1))
     # Of the first run 80 % @ 3, of the second 70 % @ 1.5, of the third nothing; then 90, 70 and 0.
     assert text.splitlines()[2:] == ["| l2 | 75.00 @ 2.25 (2 runs) | 53.33 @ 2.17 | - |"]
+    for accuracy in (0.905, 0.982, 0.988):  # those of float32 are a little less
+        just = [record("l2", 0, 0.9, 4.0, [[0.9, float(np.float32(accuracy)), 4.0]])]
+        assert "90.00 @ 4.00" in tables.on_the_way({"l2": just}, (accuracy,))
+        assert "90.00" not in tables.on_the_way({"l2": just}, (accuracy + 2e-4,))
 
 
 def test_networks_tuned_at_levels():
@@ -545,6 +608,24 @@ def test_tables_and_figures_from_records(tmp_path, capsys):
 def test_paper_sizes(model, shape, parameters):
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
+
+
+def test_strided_convolutions_are_centred_where_the_shortcut_reads():
+    """He et al. pad by one on either side: with one tap in the middle both see the same pixels."""
+    model = models.ResNet32(blocks=1, widths=(1, 2))
+    x = jnp.asarray(np.random.default_rng(0).random((1, 8, 8, 1), np.float32))
+    variables = model.init(jax.random.key(0), x)
+    taps = jax.tree.map(
+        lambda leaf: jnp.zeros_like(leaf).at[1, 1].set(1.0) if leaf.ndim == 4 else leaf,
+        variables["params"],
+    )
+    _, seen = model.apply(
+        {**variables, "params": taps}, x, capture_intermediates=True, mutable=["intermediates"]
+    )
+    before = seen["intermediates"]["BatchNorm_2"]["__call__"][0]  # of the first stage's block
+    after = seen["intermediates"]["Conv_3"]["__call__"][0]
+    first = jax.nn.relu(before + jax.nn.relu(seen["intermediates"]["BatchNorm_0"]["__call__"][0]))
+    np.testing.assert_allclose(after[..., 0], first[:, ::2, ::2, 0], rtol=1e-6)
 
 
 def write_tiny(name, version, shape, folder):
@@ -638,9 +719,16 @@ def test_packed_data_are_the_same(tmp_path):
     importlib.util.find_spec("tensorflow") is not None,
     reason="what is said where TensorFlow is missing",
 )
-def test_says_that_tensorflow_is_needed(tmp_path):
+def test_says_that_tensorflow_is_needed(tmp_path, capsys):
     with pytest.raises(ImportError, match=r"'mnist' is not prepared in .*pip install tensorflow"):
         data.load("mnist", tmp_path)
+    for main in (
+        pack.main,
+        lambda _: run(tmp_path, "--dataset", "mnist", "--data-dir", str(tmp_path)),
+    ):
+        with pytest.raises(SystemExit):
+            main(["mnist", "--data-dir", str(tmp_path), str(tmp_path / "file.npz")])
+        assert "pip install tensorflow" in capsys.readouterr().err
     write_tiny("mnist", "3.0.1", (28, 28, 1), tmp_path)
     info = tmp_path / "mnist" / "3.0.1" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))

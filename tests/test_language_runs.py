@@ -1,5 +1,6 @@
 """Whole runs of the language experiments, small: resumed as uninterrupted, tables, quick ones."""
 
+import hashlib
 import io
 import itertools
 import json
@@ -311,6 +312,37 @@ def test_bootstrap_tells_better_from_worse(tmp_path):
         assert score == f"{scores[name]:.2f}"
         assert difference == f"{scores[name] - scores[base]:+.2f}"
         assert float(p) < 0.01 if name == "paper" else float(p) > 0.1
+
+
+def test_tables_compare_the_same_seeds():
+    """A row of all seeds, and where another method has fewer, one of these."""
+
+    def run(seed, bleu):
+        dense = {"bleu": 30.0 + seed, "chrf": 0.0, "loss": 0.1 * seed, "validation_loss": 1.0}
+        point = {"level": 0.5, "sparsity": 0.5, "kinds": dict.fromkeys(sparsify.KINDS, 0.5)}
+        return {"seed": seed, "dense": dense, "points": [point | dense | {"bleu": bleu}]}
+
+    records = {"paper": [run(0, 20.0), run(1, 24.0)], "l1": [run(0, 21.0)]}
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in tables.by_level(records).splitlines()[2:]
+    ]
+    assert [[row[0].split(":")[0], *row[1:]] for row in rows] == [
+        ["paper", "0, 1", "30.50 [30.00, 31.00]", "22.00 [20.00, 24.00]"],
+        ["paper", "0", "30.00", "20.00"],
+        ["l1", "0", "30.00", "21.00"],
+    ]
+    # The dense network of a seed counts once; one that was trained anew is another.
+    assert tables.in_full(records).splitlines()[2].split("|")[2].strip() == "2"
+    records["l1"][0]["dense"] = run(0, 0.0)["dense"] | {"bleu": 30.5}
+    assert tables.in_full(records).splitlines()[2].split("|")[2].strip() == "3"
+
+
+def test_digest_is_that_of_the_whole_corpus():
+    corpus = corpora.jupyterlab()
+    expected = hashlib.sha256(repr(corpus).encode()).hexdigest()[:16]
+    assert experiment._digest(corpus) == expected
+    assert experiment._digest(corpus._replace(note="")) != expected
 
 
 def test_kinds_of_layers_are_all():

@@ -17,7 +17,7 @@ from rich.table import Table
 import sparsereg_jax as sj
 
 from .. import checkpoints
-from ..command import add_flags, check_strength, record_with
+from ..command import add_flags, check_strength, given, record_with
 from ..hardware import hardware
 from ..methods import fingerprint
 from . import experiment, sparsify
@@ -235,9 +235,7 @@ def main(
         check_strength(parser, METHODS, options.method, options.strength)
     chosen = [name for name in variants if getattr(options, name)]
     out = options.out or Path("results", *chosen[:1])  # those of a variant are kept apart
-    given = {name: getattr(options, name) for name in settings._fields}
-    changes = {name: value for name, value in given.items() if value is not None}
-    for changed in (*(variants[name] for name in chosen), changes):
+    for changed in (*(variants[name] for name in chosen), given(options, settings)):
         settings = settings._replace(**changed)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
 

@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -143,7 +143,7 @@ def load(settings: Settings, corpus: Corpus) -> Experiment:
     return Experiment(
         settings,
         corpus,
-        hashlib.sha256(repr(corpus).encode()).hexdigest()[:16],
+        _digest(corpus),
         tokenizer,
         model,
         train_pairs,
@@ -158,6 +158,30 @@ def load(settings: Settings, corpus: Corpus) -> Experiment:
         search(settings, model),
         known(train_pairs, test_pairs),
     )
+
+
+def _digest(corpus: Corpus) -> str:
+    """The hash of ``repr(corpus)``, which of millions of pairs would take gigabytes, in pieces."""
+
+    def pieces(value: Any) -> Iterator[str]:
+        if hasattr(value, "_fields"):
+            yield f"{type(value).__name__}("
+            for i, (name, each) in enumerate(zip(value._fields, value, strict=True)):
+                yield f"{', ' if i else ''}{name}="
+                yield from pieces(each)
+            yield ")"
+        elif isinstance(value, list):
+            yield "["
+            for i, each in enumerate(value):
+                yield f"{', ' if i else ''}{each!r}"
+            yield "]"
+        else:
+            yield repr(value)
+
+    digest = hashlib.sha256()
+    for piece in pieces(corpus):
+        digest.update(piece.encode())
+    return digest.hexdigest()[:16]
 
 
 def network(settings: Settings, vocabulary: int) -> Transformer:

@@ -182,7 +182,10 @@ def sparsify(
 
 
 def loop_schedule(settings: experiment.Settings, updates: int) -> optax.Schedule:
-    """The rate r / 2 (1 + cos(pi c t / T)) at update t of T; r and c are settings."""
+    """The rate r / 2 (1 + cos(pi c t / T)) at update t of T; r and c are settings.
+
+    Where the loop goes back, so does the count of updates: it then ends above the lowest rate.
+    """
     if settings.cosine == 0:
         return optax.constant_schedule(settings.learning_rate)
     return optax.cosine_decay_schedule(settings.learning_rate, round(updates / settings.cosine))
@@ -252,7 +255,7 @@ def _tuned(bench, dense, tuning, folder, level, seed, overdue, progress_bar):
     """A network trained on, its zeros kept; by epochs, as the dense one."""
     tx, train = tuning
     params, _ = sj.load_sparse(_file(folder, "good", level), like=dense.params)
-    mask = jax.tree.map(lambda leaf: leaf != 0, params)
+    mask = jax.tree.map(lambda leaf: leaf != 0, params) if level else sj.full_mask(params)
     params, opt_state = sj.prune(tx, params, tx.init(params), mask)
     record = trainer.start(params, tx, len(bench.train.source), 10_000 + seed)
     record, seconds = checkpoints.epochs(

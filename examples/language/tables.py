@@ -75,16 +75,26 @@ def read(folder: Path) -> dict[str, Records]:
 
 
 def by_level(records: Records) -> str:
-    """Test BLEU at its sparsity: a row a method, a column a level that was reached, in Markdown."""
+    """Test BLEU at its sparsity: a row a method, a column a level that was reached, in Markdown.
+
+    Where methods have different seeds, each set of seeds has rows of all methods that have them, so
+    that like is compared with like.
+    """
     levels = [level for level in LEVELS if any(_points(runs, level) for runs in records.values())]
     rows = []
-    for method, runs in records.items():
-        cells = [_spread([run["dense"]["bleu"] for run in runs])]
-        for level in levels:
-            points = _points(runs, level)
-            few = "" if len(points) in (0, len(runs)) else f" ({len(points)} runs)"
-            cells.append(_spread([point["bleu"] for point in points]) + few)
-        rows.append([f"{method}: {METHODS[method].title}", len(runs), *cells])
+    sets = {tuple(run["seed"] for run in runs) for runs in records.values()}
+    for seeds in sorted(sets, key=lambda seeds: (-len(seeds), seeds)):
+        for method, all_runs in records.items():
+            runs = [run for run in all_runs if run["seed"] in seeds]
+            if len(runs) < len(seeds):
+                continue
+            cells = [_spread([run["dense"]["bleu"] for run in runs])]
+            for level in levels:
+                points = _points(runs, level)
+                few = "" if len(points) in (0, len(runs)) else f" ({len(points)} runs)"
+                cells.append(_spread([point["bleu"] for point in points]) + few)
+            title = f"{method}: {METHODS[method].title}"
+            rows.append([title, ", ".join(map(str, seeds)), *cells])
     headers = ["BLEU", "seeds", "dense", *(f"{level:.0%}" for level in levels)]
     return tabulate(rows, headers, "github", disable_numparse=True)
 
@@ -229,7 +239,7 @@ def _compared(outputs, base, others, references):
 def _dense(records):
     """Each network that methods began from, once."""
     found = {
-        (run["seed"], run["dense"]["loss"]): run["dense"]
+        (run["seed"], run["dense"]["bleu"]): run["dense"]
         for runs in records.values()
         for run in runs
     }

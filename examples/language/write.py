@@ -2,7 +2,8 @@ r"""Writes with a sparse network that a run has saved: a line of text in, a line
 
     echo "Open the file" | python -m examples.language.write results/networks/RUN-0.75.safetensors
 
-For a dialogue the line is the history: "<user> I want to eat. <assistant> Where? <user> In Oslo."
+For a dialogue the line is the history, with the tags of training and no spaces around them:
+"<user>I want to eat.<enduser><agent>Where?<endagent><user>In Oslo.<enduser>".
 RUN.model, the tokens, lies beside the networks of a run.
 """
 
