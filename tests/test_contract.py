@@ -339,6 +339,18 @@ def test_a_constant_schedule_is_a_scalar(name):
     assert_same(got, want)
 
 
+def test_alpha_is_read_like_the_strength():
+    """At the steps since the last pruning, from 0 on."""
+    tx = sj.add_selective_shrinkage(1.0, sj.linear_irrelevance, lambda count: 2.0 * (1 + count))
+    one, seen = jnp.ones(1), []
+    state = tx.init(one)
+    for t in range(4):
+        state = sj.restart_shrinkage(state) if t == 3 else state
+        updates, state = tx.update(one, state, one)
+        seen.append(float(updates[0]) - 1)
+    np.testing.assert_allclose(seen, [1 / 2, 3 / 4, 5 / 6, 1 / 2], rtol=1e-5)
+
+
 @cases()
 def test_at_zero_strength_it_is_what_it_wraps(name):
     tx, plain = build(name, 0.0), CASES[name].plain

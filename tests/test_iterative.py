@@ -116,6 +116,7 @@ def test_goes_back_and_tries_a_smaller_step():
     assert [check.kept for check in history] == [20, 12, 7, 4, 4, 6, 5, 5, 5, 5]
     np.testing.assert_array_equal(kept_weights(state.good), MAGNITUDES[14:])
     np.testing.assert_array_equal(kept_weights(state.current), MAGNITUDES[14:])
+    assert (state.current.step, state.good.step) == (4, 4)  # not 10: the whole record goes back
     assert state.progress.stopped
     assert int(state.progress.retreats) == 3
 
@@ -155,13 +156,15 @@ def test_relative_bound(mode, dense, bound):
     assert state.progress.dense_metric == dense
 
 
-def test_stops_when_the_metric_only_worsens():
+@pytest.mark.parametrize(("mode", "sign"), [("max", 1), ("min", -1)])
+def test_stops_when_the_metric_only_worsens(mode, sign):
     tx = held()
-    series = iter([9.0, 9.0, 8.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
-    _, history = run(
-        loop(tx, evaluate=lambda params: next(series), bound=1.0, stop_when_worsening=3), start(tx)
+    series = iter([sign * metric for metric in (9.0, 9.0, 8.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0)])
+    pruning = loop(
+        tx, evaluate=lambda _: next(series), bound=sign * 1.0, mode=mode, stop_when_worsening=3
     )
-    assert [check.metric for check in history] == [9, 8, 9, 8, 7, 6]
+    _, history = run(pruning, start(tx))
+    assert [sign * check.metric for check in history] == [9, 8, 9, 8, 7, 6]
     assert history[-1].stopped
 
 
@@ -342,9 +345,43 @@ def test_bisection_goes_back_with_a_smaller_tolerance():
 
     pruning = loop(tx, train, evaluate, sj.bisection_step(0.3, patience=1), bound=0.85, recovery=1)
     state, history = run(pruning, start(tx))
-    assert "went back" in [check.action for check in history]
-    assert state.progress.good_metric >= 0.85
+    # 0.3: 1 to 10 go (55 of at most 63), back; 0.15: 1 to 7 (28 of 31.5), which meets the bound;
+    # from there 8, 9, 10, back; 0.075: 8 alone, back; 0.0375: nothing.
+    assert [(check.action, check.kept) for check in history] == [
+        ("trains on", 20),
+        ("pruned", 20),
+        ("went back", 10),
+        ("trains on", 13),
+        ("pruned", 13),
+        ("went back", 10),
+        ("went back", 12),
+    ]
+    np.testing.assert_array_equal(kept_weights(state.good), MAGNITUDES[7:])
     assert state.progress.stopped
+
+
+def test_exact_ties_of_a_step():
+    tx = held()
+    propose = sj.fraction_step(0.1, exact_ties=True)
+    pruning = loop(tx, evaluate=lambda params: 1.0, propose=propose, max_checks=3)
+    _, history = run(pruning, start(tx, np.ones(20, np.float32)))
+    assert [check.kept for check in history] == [20, 18, 16]
+
+
+def test_fine_tune_notices_what_comes_back():
+    tx = held()
+    state, _ = run(loop(tx, max_checks=1), start(tx))  # two weights are pruned
+
+    def noisy(record):
+        return record._replace(params=jax.tree.map(lambda w: w + 1.0, record.params))
+
+    said = "fine_tune: after an interval of train, 2 pruned entries of 'w'"
+    with pytest.raises(sj.PruningError, match=said):
+        sj.fine_tune(state.current, tx, noisy, share_left, intervals=1)
+    with pytest.raises(ValueError, match=r"held_mask: .* holds no pruning mask"):
+        sj.fine_tune(start(optax.adam(0.1)), tx, idle, share_left, intervals=1)
+    with pytest.raises(ValueError, match=r"prune: .* holds no pruning mask"):
+        sj.fine_tune(state.current, optax.sgd(0.1), idle, share_left, intervals=1)
 
 
 # Resuming.

@@ -60,11 +60,10 @@ def test_coupled_terms_differ_in_the_second_moment():
         _, state = tx.update({"w": jnp.asarray(G, jnp.float32)}, tx.init(params), params)
         return np.asarray(optax.tree.get(state, "mu")["w"]) / 0.1
 
-    np.testing.assert_allclose(
-        moment("paper"), G + STRENGTH * W * np.exp(-np.abs(G)), rtol=1e-5, atol=1e-7
-    )
-    np.testing.assert_allclose(moment("l2"), G + STRENGTH * W, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(moment("l1"), G + STRENGTH * np.sign(W), rtol=1e-5, atol=1e-7)
+    gated, flat = STRENGTH * W * np.exp(-np.abs(G)), STRENGTH * W
+    terms = {"paper": gated, "gate": gated, "l2": flat, "default": flat, "none": 0 * W}
+    for name, term in (terms | {"l1": STRENGTH * np.sign(W)}).items():
+        np.testing.assert_allclose(moment(name), G + term, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 def test_proximal_step_against_brute_force():

@@ -493,6 +493,29 @@ def test_units():
     assert sum(out(mask_units(params, 1.0, floor=0))) == 40 + 9 * 30 * 8
 
 
+def test_pruned_entries_of_a_unit_count_as_zero():
+    given = {"w": jnp.array([[True, True], [False, True]])}  # rms 1.77, not 2.5, beside 2
+    mask = mask_units({"w": jnp.array([[2.5, 2.0], [2.5, 2.0]])}, 0.5, pruning_mask=given)
+    assert mask["w"].tolist() == [[False, True], [False, True]]
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        (partial(mask_by_fraction, fraction=0.25), 9),
+        (partial(mask_units, sparsity=0.5), 6),
+        (partial(mask_blocks, sparsity=1 / 3, block=(2, 2)), 8),
+    ],
+)
+def test_exact_ties_of_every_rule(rule, kept):
+    assert count_kept(rule({"w": jnp.ones((2, 6))}, exact_ties=True)) == kept
+
+
+def test_the_floor_of_blocks_is_of_the_smallest():
+    mask = mask_blocks({"w": jnp.arange(1.0, 16.0).reshape(3, 5)}, 1.0, (2, 2), floor=3)["w"]
+    assert mask.tolist() == [[False] * 5, [False] * 5, [True] * 5]  # three blocks of the last row
+
+
 def test_rules_by_path():
     params = model()
     half = partial(mask_by_sparsity, sparsity=0.5)

@@ -93,7 +93,10 @@ def check_pictures(page, folder):
 
 def checks(number=6, met=4):
     return [
-        sj.Check(i, i, 0.9 - i / 100, i / 10, 10, i < met, True, False, "pruned", 1, 0.5, {})
+        sj.Check(
+            *(i, i, 0.9 - i / 100, i / 10, 10, i < met, i < met, False),
+            *("pruned" if i < met else "went back", 1, 0.5, {}),
+        )
         for i in range(number)
     ]
 
@@ -163,7 +166,9 @@ def test_numbers_by_hand(network, tmp_path):
     table = {row[0]: row[1:] for row in totals}
     assert table["weights"] == ["168", "9", "16"]
     assert table["compression (dense weights / these)"] == ["1.0", "18.7", "10.5"]
-    assert table["bytes"][::2] == ["672", "64"]
+    total = sum(leaf.values_bytes + (leaf.pattern_bytes or 0) for leaf in stored.values())
+    assert table["bytes"] == ["672", f"{total:,}", "64"]
+    assert table["dense bytes / these"] == ["1.0", f"{672 / total:,.1f}", "10.5"]
     flops = count_flops(mlp, network, x), count_flops(small.fn, small.params, x)
     assert flops[0] == 2 * 5 * 16 * 8 + 2 * 5 * 8 + 2 * 5 * 8 * 4  # with the ReLU's 5 x 8
     assert table["FLOPs of the whole function"] == [
@@ -171,14 +176,22 @@ def test_numbers_by_hand(network, tmp_path):
         "the same",
         f"{flops[1]:,.0f}",
     ]
+    assert table["dense FLOPs / these"] == ["1.0", "1.0", f"{flops[0] / flops[1]:,.1f}"]
     text = "".join(page.texts)
     assert "159 of 168 weights are pruned, 94.64 % of them; 9 are kept (18.7 times fewer)." in text
     assert (
-        "6 checks, 6 of which ended in a pruning; 0 times the loop went back; 3.0 seconds" in text
+        "6 checks, 4 of which ended in a pruning; 2 times the loop went back; 3.0 seconds" in text
     )
     assert "met the bound of 0.875: 30.00 % sparse with a metric of 0.87, at check 3." in text
     check_pictures(page, path.parent)
     assert len(page.of("img")) == 5  # curve, magnitudes, three layers
+
+
+def test_the_sparsest_need_not_be_the_last(network, tmp_path):
+    one, two, four, three = checks(4, 4)
+    page = read(sj.write_report(tmp_path, network, history=[one, two, three, four], bound=0.8))
+    text = "".join(page.texts)
+    assert "30.00 % sparse with a metric of 0.87, at check 3." in text
 
 
 def inspected(params, folder):

@@ -360,8 +360,7 @@ def test_bad_gradient_harms_no_more_than_without_shrinkage(bad, name, decoupled)
     updates, _ = tx.update(gradients, tx.init(params), params)
     alone, _ = core.update(gradients, core.init(params), params)
     assert np.all(np.isfinite(updates) == np.isfinite(alone))
-    if decoupled:
-        assert updates[1] == alone[1] + (0.5 if name == "constant" else 0)
+    assert updates[1] == alone[1] + (0.5 if decoupled and name == "constant" else 0)
 
 
 def test_apply_if_finite_drops_the_step():
@@ -531,7 +530,7 @@ def test_gradients_of_other_params():
     for wrong, message in (
         ({"w": None}, r"gradients: at 'w' they have no leaf, params shape \(9,\)"),
         ({"w": gradients["w"][None]}, r"gradients: at 'w' they have shape \(1, 9\), params shape"),
-        ({"w": gradients["w"], "v": gradients["w"]}, "v"),
+        ({"w": gradients["w"], "unasked": gradients["w"]}, "unasked"),
     ):
         with pytest.raises(ValueError, match=message):
             sj.selective_penalty(params, wrong)
@@ -542,3 +541,103 @@ def test_gradients_of_other_params():
     tx = sj.add_selective_shrinkage(0.1)
     with pytest.raises(ValueError, match=r"at 'w' the gradient has shape \(1, 9\) and .* \(9,"):
         tx.update({"w": gradients["w"][None]}, tx.init(params), params)
+
+
+def test_the_penalty_holds_the_irrelevance_constant():
+    """Also where it depends on the weight, through which nothing is differentiated."""
+
+    def saliency(gradient, weight, scale):
+        return jnp.exp(-jnp.abs(gradient * weight) / scale)
+
+    weight, gradient = jnp.array([1.0, 3.0]), jnp.array([2.0, -1.0])
+    found = jax.grad(sj.selective_penalty)(weight, gradient, 0.5, saliency, 2.0)
+    np.testing.assert_allclose(found, [0.5 * np.exp(-1), 1.5 * np.exp(-1.5)], rtol=1e-6)
+
+
+WITH_MASKS = {
+    "decouple": lambda **k: sj.decouple_selective_shrinkage(optax.scale_by_adam(), **k),
+    "shrink": lambda strength, **k: sj.shrink_selectively(optax.sgd(0.1), strength, **k),
+    "sgd": lambda **k: sj.selective_sgd(0.1, **k),
+    "sgdw": lambda **k: sj.selective_sgdw(0.1, **k),
+    "adam": lambda **k: sj.selective_adam(0.1, eps=1.0, **k),
+    "adamw": lambda **k: sj.selective_adamw(0.1, **k),
+}
+
+
+@pytest.mark.parametrize("name", WITH_MASKS)
+def test_leaves_outside_the_mask_are_the_optimizers_alone(name):
+    params = {key: jnp.array([1.0, -2.0]) for key in ("in", "out")}
+    gradients = {key: jnp.array([0.3, 0.1]) for key in params}
+
+    def first(**more):
+        tx = WITH_MASKS[name](irrelevance=sj.constant_irrelevance, **more)
+        return tx.update(gradients, tx.init(params), params)[0]
+
+    none, every = first(strength=0.0), first(strength=0.5)
+    some = first(strength=0.5, mask={"in": True, "out": False})
+    np.testing.assert_array_equal(some["out"], none["out"])
+    np.testing.assert_array_equal(some["in"], every["in"])
+    assert (np.abs(every["in"] - none["in"]) > 1e-3).all()
+
+
+MOMENTUM = {"nesterov": True, "accumulator_dtype": jnp.bfloat16}
+ADAM = {"b1": 0.8, "b2": 0.95, "eps": 1e-2, "eps_root": 1e-3, "mu_dtype": jnp.bfloat16}
+ADAM["nesterov"] = True
+FLAT = {"strength": 0.3, "irrelevance": sj.constant_irrelevance}
+L2 = optax.add_decayed_weights(0.3)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (
+            sj.selective_sgd(0.1, 0.9, **MOMENTUM, **FLAT),
+            optax.chain(L2, optax.sgd(0.1, 0.9, **MOMENTUM)),
+        ),
+        (
+            sj.selective_sgdw(0.1, 0.9, **MOMENTUM, **FLAT),
+            optax.chain(optax.trace(0.9, **MOMENTUM), L2, optax.scale_by_learning_rate(0.1)),
+        ),
+        (sj.selective_adam(0.1, **ADAM, **FLAT), optax.chain(L2, optax.adam(0.1, **ADAM))),
+        (sj.selective_adamw(0.1, **ADAM, **FLAT), optax.adamw(0.1, weight_decay=0.3, **ADAM)),
+    ],
+    ids=["sgd", "sgdw", "adam", "adamw"],
+)
+def test_options_reach_the_optimizer(ours, theirs):
+    results = []
+    for tx in (ours, theirs):
+        params = jax.tree.map(jnp.asarray, tree(0, np.float32))
+        state = tx.init(params)
+        for t in range(3):
+            gradients = jax.tree.map(jnp.asarray, tree(t + 1, np.float32))
+            updates, state = tx.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        results.append(params)
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [sj.decouple_selective_shrinkage, sj.shrink_selectively])
+def test_extra_arguments_reach_the_wrapped(wrap):
+    def update(updates, state, params=None, *, value):
+        return jax.tree.map(lambda g: value * g, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    tx, weight = wrap(inner, 0.5), jnp.zeros(2)
+    updates, _ = tx.update(jnp.ones(2), tx.init(weight), weight, value=-3.0)
+    np.testing.assert_array_equal(updates, [-3.0, -3.0])
+
+
+@pytest.mark.parametrize("rms_decay", [None, 0.9])
+def test_leaves_without_floats_are_not_shrunk(rms_decay):
+    tx = sj.add_selective_shrinkage(0.5, sj.constant_irrelevance, rms_decay=rms_decay)
+    params = {"w": jnp.ones(2), "step": jnp.array([3, 4])}
+    updates, _ = tx.update({"w": jnp.zeros(2), "step": jnp.array([7, 8])}, tx.init(params), params)
+    np.testing.assert_array_equal(updates["w"], 0.5)
+    np.testing.assert_array_equal(updates["step"], [7, 8])
+
+
+def test_paper_strength_out_of_range():
+    for arguments, named in (((-1.0, 10), "gamma=-1.0"), ((1.0, 0), "steps_per_epoch=0")):
+        with pytest.raises(ValueError, match=f"paper_strength: {named} is outside"):
+            sj.paper_strength(*arguments)

@@ -82,7 +82,7 @@ def test_random_arrays(path, dtype):
     for leaf, array in zip(leaves, jax.tree.leaves(params), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.size) == (array.shape, dtype.name, array.size)
         kept = np.count_nonzero(array.reshape(-1).view(f"u{dtype.itemsize}"))
-        assert leaf.kept == (kept if leaf.pattern_bytes is not None else leaf.kept)
+        assert leaf.kept == kept
         stored = leaf.values_bytes + (leaf.pattern_bytes or 0)
         assert stored <= array.nbytes
 

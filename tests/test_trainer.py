@@ -160,3 +160,19 @@ def test_accuracy_in_parts():
         assert float(trainer.accuracy(linear, some, batch)(params)) == pytest.approx(wanted)
     with pytest.raises(ValueError, match="batch=5 does not divide the 12 images"):
         trainer.accuracy(linear, some, 5)
+
+
+def test_each_step_has_a_key_and_each_epoch_an_order_of_its_own():
+    def loss(params, model_state, batch, key):
+        del batch
+        return params["w"] * jax.random.uniform(key), model_state
+
+    tx = optax.sgd(1.0)
+    train = trainer.interval(loss, tx, np.zeros(8, np.float32), 2, 1)
+    record, at, orders = trainer.start({"w": jnp.zeros(())}, tx, 8, 0), [0.0], set()
+    for _ in range(8):  # two epochs
+        record = train(record)
+        at.append(float(record.params["w"]))
+        orders.add(tuple(np.asarray(record.order)))
+    assert len(set(np.round(np.diff(at), 6))) == 8
+    assert len(orders) == 2
