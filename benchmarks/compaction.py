@@ -3,8 +3,8 @@
     python -m benchmarks.compaction
     python -m benchmarks.compaction --network results/lenet300-mnist-l2-seed0.safetensors
 
-LeNet-300-100 as the example pruned it, at batches of 1, 64 and 512: the ratio of throughputs (at a
-batch of 1, of latencies) to the dense network, medians of interleaved rounds. And how long the
+LeNet-300-100 as the example pruned it, at batches of 1, 64 and 512: the ratio of throughputs, of
+calls one after another, to the dense network, medians of interleaved rounds. And how long the
 compaction of a Transformer of 65 million parameters takes. About three minutes on two cores.
 """
 

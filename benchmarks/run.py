@@ -73,7 +73,13 @@ def cells(row: Row, milliseconds: bool) -> list[str]:
         None if size is None else size / 2**20
         for size in (row.temporaries, row.against_temporaries)
     )
+    # Three digits where two would hide that a limit is missed.
     digits = 1 if row.speedup else 2
+    if not row.speedup and any(
+        limit is not None and round(row.ratio, 2) <= limit < row.ratio
+        for limit in (row.must, row.goal)
+    ):
+        digits = 3
     low, high = row.quartiles
     return [
         row.benchmark,
@@ -89,10 +95,10 @@ def cells(row: Row, milliseconds: bool) -> list[str]:
 
 
 def meets(row: Row, limit: float | None) -> bool:
-    """Whether the ratio keeps a limit, as it is shown."""
+    """Whether the ratio keeps a limit."""
     if limit is None:
         return True
-    return row.ratio >= limit if row.speedup else round(row.ratio, 2) <= limit
+    return row.ratio >= limit if row.speedup else row.ratio <= limit
 
 
 def show(console: Console, rows: list[Row], title: str, milliseconds: bool) -> None:

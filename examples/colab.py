@@ -60,7 +60,12 @@ else:
 sys.path.insert(0, str(checkout.resolve()))
 from examples.install import install
 
-install(checkout)
+import importlib.util
+
+# TensorFlow prepares data sets, once; a TPU's runtime may come without it.
+missing = importlib.util.find_spec("tensorflow") is None
+prepares = DATASET != "digits" and DATA_DIR is None and missing
+install(checkout, also=["tensorflow-cpu"] if prepares else [])
 
 # %% [markdown]
 # ## The devices

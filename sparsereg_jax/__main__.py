@@ -1,6 +1,7 @@
 """The command line: ``python -m sparsereg_jax inspect FILE`` prints what is in a sparse file."""
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -88,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     inspect.add_argument("file", metavar="FILE")
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):  # of a terminal or a file that is not UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         print(table(inspect_sparse(options.file)))
     except (OSError, SparseFileError) as error:

@@ -1,5 +1,6 @@
 """Floating-point operations as XLA counts them: of a function, and of what reads each leaf."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,17 +20,19 @@ def count_flops(fn: Callable[..., Any], *arguments: Any) -> float | None:
       *arguments: arrays or shapes (``jax.ShapeDtypeStruct``); only those of the shapes count.
 
     Returns:
-      The count of the compiled program on JAX's default device: a multiplication and an addition
-      are two, the body of a loop counts once. None where the device's compiler does not tell.
+      The count of the program compiled for the CPU, which counts all operations (a GPU's compiler
+      leaves out those of its libraries): a multiplication and an addition are two, the body of a
+      loop counts once. None where the compiler does not tell.
 
     Example:
       >>> import jax.numpy as jnp
       >>> count_flops(jnp.dot, jnp.ones((4, 5)), jnp.ones((5, 6)))  # 2 x 4 x 5 x 6
       240.0
     """
-    lowered = jax.jit(fn).lower(*jax.tree.map(_struct, arguments))
-    found = _flops(lowered.compile().cost_analysis())
-    return _flops(lowered.cost_analysis()) if found is None else found
+    with _counting():
+        lowered = jax.jit(fn).lower(*jax.tree.map(_struct, arguments))
+        found = _flops(lowered.compile().cost_analysis())
+        return _flops(lowered.cost_analysis()) if found is None else found
 
 
 def count_flops_by_leaf(fn: Callable[..., Any], params: Any, *inputs: Any) -> list[float | None]:
@@ -66,21 +69,31 @@ def count_flops_by_leaf(fn: Callable[..., Any], params: Any, *inputs: Any) -> li
     counts: list[float | None] = [0.0] * leaves
     for step in all_steps(program.block):
         owners = set().union(*(readers.get(slot, set()) for slot in step.inputs))
-        if not owners or step.call is not None:  # a call's body has been counted
+        if not owners:
             continue
-        flops = None if step.name in LOOPS else _step_flops(program, step)
-        for leaf in owners:
-            known = counts[leaf]
-            counts[leaf] = None if known is None or flops is None else known + flops
+        if step.call is None:  # a call's body has been counted
+            flops = None if step.name in LOOPS else _step_flops(program, step)
+            for leaf in owners:
+                known = counts[leaf]
+                counts[leaf] = None if known is None or flops is None else known + flops
         readers |= {slot: owners for slot in step.outputs if not program.reached[slot]}
     return counts
 
 
 def _step_flops(program: Program, step: Step) -> float | None:
     operands = [_struct(program.avals[slot]) for slot in step.inputs]
-    lowered = jax.jit(lambda *operands: bind(step, *operands)).lower(*operands)
-    found = _flops(lowered.cost_analysis())
-    return _flops(lowered.compile().cost_analysis()) if found is None else found
+    with _counting():
+        lowered = jax.jit(lambda *operands: bind(step, *operands)).lower(*operands)
+        found = _flops(lowered.cost_analysis())
+        return _flops(lowered.compile().cost_analysis()) if found is None else found
+
+
+def _counting() -> contextlib.AbstractContextManager[Any]:
+    """The CPU as the default device, where JAX has one."""
+    try:
+        return jax.default_device(jax.devices("cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
 
 
 def _flops(analysis: Any) -> float | None:

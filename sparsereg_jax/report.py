@@ -7,9 +7,9 @@ import functools
 import io
 import math
 import os
-import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from .flops import count_flops, count_flops_by_leaf
 from .iterative import Check
 from .pruning import check_pruning_mask
 from .selection import PyTree, is_float, leaf_path
-from .sparse_file import inspect_sparse, save_sparse
+from .sparse_file import stored_bytes
 
 PICTURED = 12  # layers that get a picture, the largest
 
@@ -243,31 +243,28 @@ def _facts(
     masks = jax.tree.leaves(pruning_mask) if pruning_mask is not None else nothing
     befores = {}
     if dense is not None:
-        befores = {kp: np.asarray(leaf) for kp, leaf in _by_path(dense) if is_float(leaf)}
+        befores = {key: np.asarray(leaf) for key, leaf in _numbered(dense) if is_float(leaf)}
 
     layers, others = [], []
-    every = zip(flat, masks, by_leaf, plans, small_by_leaf, strict=True)
-    for (path, leaf), mask, count, plan, small_count in every:
+    every = zip(_numbered(params), masks, by_leaf, plans, small_by_leaf, strict=True)
+    for ((path, number), leaf), mask, count, plan, small_count in every:
         if not is_float(leaf):
             others.append(_printable(path))
             continue
         values = np.asarray(leaf)
         keep = values != 0 if mask is None else np.asarray(mask)
-        layers.append(
-            _Layer(
-                path=_printable(path),
-                dtype=str(jnp.result_type(leaf)),
-                values=values,
-                keep=keep,
-                dense=befores.get(path),
-                stored=None,
-                flops=count,
-                small_shape=None if plan is None else plan.new_shape,
-                small_flops=small_count,
-            )
+        layer = _Layer(
+            path=_printable(path),
+            dtype=str(jnp.result_type(leaf)),
+            values=values,
+            keep=keep,
+            dense=befores.get((path, number)),
+            stored=None,
+            flops=count,
+            small_shape=None if plan is None else plan.new_shape,
+            small_flops=small_count,
         )
-    stored = _stored_bytes([_kept_values(layer) for layer in layers])
-    layers = [layer._replace(stored=size) for layer, size in zip(layers, stored, strict=True)]
+        layers.append(layer._replace(stored=stored_bytes(_kept_values(layer))))
     shapes = ", ".join(
         f"{jnp.result_type(leaf)} {tuple(jnp.shape(leaf))}" for leaf in jax.tree.leaves(inputs)
     )
@@ -278,20 +275,16 @@ def _kept_values(layer: _Layer) -> np.ndarray:
     return np.where(layer.keep, layer.values, np.zeros((), layer.values.dtype))
 
 
-def _stored_bytes(arrays: list[np.ndarray]) -> Sequence[int | None]:
-    """What each array takes in a sparse file, by writing one."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "sparse.safetensors"
-        try:
-            save_sparse(path, arrays)
-        except TypeError:  # a dtype that such a file does not hold, float8 for instance
-            return [None] * len(arrays)
-        leaves = inspect_sparse(path).leaves
-    return [leaf.values_bytes + (leaf.pattern_bytes or 0) for leaf in leaves]
-
-
 def _by_path(tree: PyTree) -> list[tuple[str, Any]]:
     return [(leaf_path(kp), leaf) for kp, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _numbered(tree: PyTree) -> Iterator[tuple[tuple[str, int], Any]]:
+    """Paths with a number, as ``{"a": {"b": x}, "a/b": y}`` has two leaves of one path."""
+    seen: Counter[str] = Counter()
+    for path, leaf in _by_path(tree):
+        yield (path, seen[path]), leaf
+        seen[path] += 1
 
 
 def _printable(path: str) -> str:
@@ -301,12 +294,12 @@ def _printable(path: str) -> str:
 
 
 def _check_alike(name: str, tree: PyTree, params: PyTree) -> None:
-    ours, theirs = ({path: jnp.shape(leaf) for path, leaf in _by_path(t)} for t in (tree, params))
-    for path in [*theirs, *ours]:
-        if ours.get(path) != theirs.get(path):
+    ours, theirs = ({key: jnp.shape(leaf) for key, leaf in _numbered(t)} for t in (tree, params))
+    for key in [*theirs, *ours]:
+        if ours.get(key) != theirs.get(key):
             raise ValueError(
-                f"{name}: the leaf {path!r} has shape {ours.get(path, 'none (it is not there)')},"
-                f" in params {theirs.get(path, 'none (it is not there)')}. Give the same network's"
+                f"{name}: the leaf {key[0]!r} has shape {ours.get(key, 'none (it is not there)')},"
+                f" in params {theirs.get(key, 'none (it is not there)')}. Give the same network's"
                 " parameters."
             )
 

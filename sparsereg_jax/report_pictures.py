@@ -70,24 +70,32 @@ def layer(
 
 
 def _histogram(axes: Axes, dense: Sequence[np.ndarray] | None, kept: Sequence[np.ndarray]) -> None:
-    groups = [("after", "C0", [_magnitudes(array) for array in kept])]
+    groups = [("after", "C0", kept)]
     if dense is not None:
-        groups.insert(0, ("before", "0.72", [_magnitudes(array) for array in dense]))
-    largest = max((m.max() for _, _, some in groups for m in some if m.size), default=0)
-    if not largest:
+        groups.insert(0, ("before", "0.72", dense))
+    # Layer by layer, twice: in float64, all at once, they would take several times the network.
+    ranges = [
+        (magnitude.min(), magnitude.max())
+        for _, _, arrays in groups
+        for array in arrays
+        if (magnitude := _magnitudes(array)).size
+    ]
+    if not ranges:
         axes.text(0.5, 0.5, "no weight differs from zero", ha="center", transform=axes.transAxes)
         axes.set_xticks([])
         axes.set_yticks([])
         return
-    smallest = min(m.min() for _, _, some in groups for m in some if m.size)
+    smallest, largest = min(low for low, _ in ranges), max(high for _, high in ranges)
     lowest = max(smallest, 1e-6 * largest)  # what is smaller falls in the first bin
     # A power of two more at each end, so that a single magnitude has a bin around it.
     bins = np.geomspace(lowest / 2, largest * 2, BINS + 1)
     highest = 10
-    for label, color, some in groups:
-        counts = np.sum([np.histogram(np.maximum(m, lowest), bins)[0] for m in some], axis=0)
+    for label, color, arrays in groups:
+        counts = np.zeros(BINS, np.int64)
+        for array in arrays:
+            counts += np.histogram(np.maximum(_magnitudes(array), lowest), bins)[0]
         highest = max(highest, counts.max())
-        number = sum(m.size for m in some)
+        number = counts.sum()
         axes.stairs(counts, bins, fill=True, color=color, label=f"{label}: {number:,} not zero")
     axes.set_xscale("log")
     axes.set_yscale("log")

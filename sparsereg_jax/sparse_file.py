@@ -31,7 +31,7 @@ import secrets
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,10 +134,10 @@ def save_sparse(
     for i, (leaf_path, leaf) in enumerate(found):
         name = _name(leaf_path, i, taken)
         array = _to_numpy(leaf, "/".join(leaf_path))
-        values, pattern = _encode(array.reshape(-1))
+        values, pattern, smaller = _encode(array.reshape(-1))
         kept, size = kept + values.size, size + array.size
         leaves.append({"kept": values.size})
-        if pattern.nbytes + values.nbytes + ENTRY < array.nbytes:
+        if smaller:
             stored = {f"{name}.values": values, f"{name}.pattern": pattern}
             leaves[-1]["shape"] = array.shape
         else:
@@ -282,14 +282,32 @@ def _to_numpy(leaf: Any, path: str) -> Array:
     return array
 
 
-def _encode(flat: Array) -> tuple[Array, Array]:
-    """The kept values, and the pattern."""
+def stored_bytes(array: Array) -> int | None:
+    """The bytes that a file has of an array, its header apart; None for a dtype it does not have.
+
+    Args:
+      array: of any shape and dtype.
+
+    Returns:
+      Those of the kept values and their pattern, or of the whole array where that is less.
+    """
+    try:
+        array = _to_numpy(array, "")
+    except TypeError:
+        return None
+    values, pattern, smaller = _encode(array.reshape(-1))
+    return values.nbytes + pattern.nbytes if smaller else array.nbytes
+
+
+def _encode(flat: Array) -> tuple[Array, Array, bool]:
+    """The kept values, the pattern, and whether both take less room than the array itself."""
     values, pattern = [flat[:0]], [b""]
     for span in gap_coding.spans(flat.size):
         keep = flat[span].view(f"u{flat.itemsize}") != 0
         values.append(flat[span].take(np.flatnonzero(keep)))  # faster than by a mask
         pattern.append(gap_coding.encode(keep))
-    return np.concatenate(values), np.frombuffer(b"".join(pattern), np.uint8)
+    kept, coded = np.concatenate(values), np.frombuffer(b"".join(pattern), np.uint8)
+    return kept, coded, kept.nbytes + coded.nbytes + ENTRY < flat.nbytes
 
 
 def _decode(values: Array, pattern: Array, shape: tuple[int, ...]) -> Array:
@@ -346,12 +364,13 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(beside, place)
     finally:
         beside.unlink(missing_ok=True)
-    if os.name == "posix":  # so that the new name is on the disk as well
-        directory = os.open(place.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    if os.name == "posix":  # so that the new name is on the disk as well, where a folder can be
+        with suppress(OSError):
+            directory = os.open(place.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
 
 
 @contextmanager

@@ -120,6 +120,7 @@ def _one(benchmark="b", ratio=1.0, speedup=False, must=1.2, goal=1.05):
         (_one(ratio=1.05), True, True),
         (_one(ratio=1.2), True, False),
         (_one(ratio=1.21), False, False),
+        (_one(ratio=1.204), False, False),
         (_one(ratio=9.9, speedup=True, must=10, goal=20), False, False),
         (_one(ratio=21.0, speedup=True, must=10, goal=20), True, True),
         (_one(ratio=3.0, must=None, goal=None), True, True),
@@ -142,6 +143,9 @@ def test_a_row_as_text():
         "3.00 / 2.00",
         "1.0 / 2.0",
     ]
+    assert run.cells(_one(ratio=1.204), milliseconds=False)[3] == "1.204"
+    assert run.cells(_one(ratio=1.054), milliseconds=False)[3] == "1.054"
+    assert run.cells(_one(ratio=1.206), milliseconds=False)[3] == "1.21"
     assert run.cells(_one(ratio=30.0, speedup=True, must=10, goal=20), milliseconds=False)[3:7] == [
         "30.0 times faster",
         "30.0 to 30.0",

@@ -145,10 +145,11 @@ def test_what_pip_would_replace():
 
 
 def test_nothing_is_installed_where_jax_would_be_replaced(tmp_path, monkeypatch):
-    calls = []
+    calls, pinned = [], []
 
     def pip(*arguments):
         calls.append(arguments)
+        pinned.append(Path(arguments[arguments.index("-c") + 1]).read_text().splitlines())
         if "--report" in arguments:
             report = Path(arguments[arguments.index("--report") + 1])
             report.write_text(json.dumps(plan(jax=version)))
@@ -162,8 +163,14 @@ def test_nothing_is_installed_where_jax_would_be_replaced(tmp_path, monkeypatch)
     install.install(tmp_path)
     assert [call[:2] for call in calls[1:]] == [
         ("install", "--dry-run"),
-        ("install", f"{tmp_path.resolve()}[examples]"),
+        ("install", "-c"),
     ]
+    assert calls[-1][3:] == (f"{tmp_path.resolve()}[examples]",)
+    install.install(tmp_path, also=["tensorflow-cpu"])
+    assert all(call[-1] == "tensorflow-cpu" for call in calls[-2:])
+    assert f"jax=={jax.__version__}" in pinned[-1]
+    assert f"numpy=={np.__version__}" in pinned[-1]
+    assert not any(line.startswith("flax") for line in pinned[-1])
 
 
 def test_pip_failures_are_said(tmp_path):

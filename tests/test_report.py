@@ -418,6 +418,23 @@ def test_flops_belong_to_what_reads_a_leaf():
     assert var == 4 + scale  # and the sum; XLA counts a root as transcendental, apart
 
 
+def test_flops_of_what_is_made_of_parameters_by_a_function_of_its_own():
+    """A custom derivative or a checkpoint around parameters hides no product from its leaf."""
+    params, x = {"w": jnp.full((3, 5), 0.5)}, jnp.ones((9, 3))
+    for made in (jax.nn.relu, jax.nn.relu6, jax.checkpoint(jnp.square)):
+        (found,) = count_flops_by_leaf(lambda p, x, made=made: x @ made(p["w"]), params, x)
+        assert 2 * 9 * 3 * 5 <= found <= 2 * 9 * 3 * 5 + 2 * 15
+
+
+def test_leaves_of_one_path_have_their_own_dense_weights(tmp_path):
+    network = {"a": {"b": jnp.ones((4, 4))}, "a/b": jnp.ones((3, 3))}
+    dense = {"a": {"b": jnp.full((4, 4), 2.0)}, "a/b": jnp.full((3, 3), 3.0)}
+    facts = report._facts(network, None, dense, None, (), None)
+    assert [layer.dense.max() for layer in facts.layers] == [2, 3]
+    with pytest.raises(ValueError, match=r"dense: the leaf 'a/b' has shape \(5, 4\)"):
+        sj.write_report(tmp_path, network, dense=dense | {"a": {"b": jnp.ones((5, 4))}})
+
+
 def test_flops_agree_with_the_sizes_in_a_convolution():
     def fn(params, x):
         return jax.lax.conv_general_dilated(
