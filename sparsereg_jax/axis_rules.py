@@ -1,5 +1,6 @@
 """What each primitive does with axes: which it joins, and how it runs on cut operands."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -167,7 +168,9 @@ def carried(step: Step, avals: list[Any]) -> list[list[int | None]]:
         ]
         same[0] = [None] * ranks[0]
         for d, out in zip(windows, numbers.offset_dims, strict=True):
-            if _same(sizes[d], shape[d]) and d not in numbers.start_index_map:
+            # A window as long as the axis cannot move, where it is clipped to stay within.
+            held = d not in numbers.start_index_map or "CLIP" in str(params["mode"])
+            if _same(sizes[d], shape[d]) and held:
                 same[0][d] = out
         rank = len(avals[step.outputs[0]].shape)
         batch = [d for d in range(rank) if d not in numbers.offset_dims]
@@ -328,12 +331,30 @@ class Relations:
             else:
                 self.dimensions.unify(axes, tuple(dim for d in after for dim in self.axes[out][d]))
 
+    def _gather_batches(self, step: Step) -> tuple[set[int], set[int], set[int]]:
+        """Ties the batches of a gather; their places in the result, the operand, the indices."""
+        numbers, (result,) = step.params["dimension_numbers"], step.outputs
+        of_operand = tuple(numbers.operand_batching_dims)
+        of_indices = tuple(numbers.start_indices_batching_dims)
+        rest = [d for d in range(len(self.axes[result])) if d not in numbers.offset_dims]
+        places = {rest[e] for e in of_indices}
+        for d, e in zip(of_operand, of_indices, strict=True):
+            batch = self.axes[result][rest[e]]
+            self.dimensions.unify(self.axes[step.inputs[0]][d], batch)
+            self.dimensions.unify(self.axes[step.inputs[1]][e], batch)
+            self.dimensions.freeze(batch)
+        return places, set(of_operand), set(of_indices)
+
     def _carry(self, step: Step) -> None:
         taken: set[int] = set()
-        for slot, places in zip(step.inputs, carried(step, self.program.avals), strict=True):
-            for axis, place in zip(self.axes[slot], places, strict=True):
+        batched: list[set[int]] = [set() for _ in step.inputs]  # axes along which it works alike
+        if step.name == "gather":
+            taken, batched[0], batched[1] = self._gather_batches(step)
+        places_of = carried(step, self.program.avals)
+        for slot, places, alike in zip(step.inputs, places_of, batched, strict=True):
+            for d, (axis, place) in enumerate(zip(self.axes[slot], places, strict=True)):
                 if place is None:
-                    if step.name not in REDUCTIONS:
+                    if step.name not in REDUCTIONS and d not in alike:
                         self._stop(step, axis)
                 else:
                     taken.add(place)
@@ -420,14 +441,26 @@ class Cut(NamedTuple):
 
     def shape(self, slot: int) -> tuple[Any, ...]:
         """The shape after the cut."""
-        return tuple(
-            size if (mask := self.mask(slot, d)) is None else int(mask.sum())
-            for d, size in enumerate(self.relations.program.avals[slot].shape)
-        )
+        dimensions = self.relations.dimensions
+
+        def cut(axis: Any, size: Any) -> Any:
+            roots = dimensions.expand(axis)
+            if not any(root in self.keep for root in roots):
+                return size
+            # Root by root: a mask of the whole axis has no size where one of them is symbolic.
+            return math.prod(
+                int(self.keep[root].sum()) if root in self.keep else dimensions.size(root)
+                for root in roots
+            )
+
+        shape = self.relations.program.avals[slot].shape
+        return tuple(map(cut, self.relations.axes[slot], shape))
 
     def is_whole(self, slot: int) -> bool:
         """Whether nothing is removed from the slot's value."""
-        return all(self.mask(slot, d) is None for d in range(len(self.relations.axes[slot])))
+        expand = self.relations.dimensions.expand
+        axes = self.relations.axes[slot]
+        return not any(root in self.keep for axis in axes for root in expand(axis))
 
     def entries(self, slot: int) -> np.ndarray:
         """Which entries of the slot's value stay."""

@@ -108,10 +108,11 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
         ``Compacted(fn, params, plan)``. ``fn(params, *inputs)`` is traced anew at each shape, so
         wrap it in ``jax.jit``; every input axis of more than one along which the function works
         alike, and a first axis of one (a batch), may have another size than in the example, a
-        symbolic one (``jax.export``) too, as long as ``fn`` itself does not calculate or decide
-        with that size in Python. It stays trainable: custom derivative rules are kept (for first
-        derivatives), and kept entries that are not zero have the gradients that they had, but for
-        what acted through folded constants: these are fixed, or follow the unit kept for all.
+        symbolic one (``jax.export``) too, if the same units go where it is twice as long or one
+        shorter: ``fn`` is traced and analysed there as well. It stays trainable: custom derivative
+        rules are kept (for first derivatives), and kept entries that are not zero have the
+        gradients that they had, but for what acted through folded constants: these are fixed, or
+        follow the unit kept for all.
         ``plan.leaves`` has the kept indices of each leaf and axis; ``new_widths(plan)`` the widths
         with which the model can be built anew. ``params`` keep their dtypes. Where there is nothing
         to remove, the network is returned as it is and the plan's table says why.
@@ -157,24 +158,11 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
     structs = _structs(params, "params")
     examples = _structs(inputs, "inputs")
     _check_sizes(examples)
-    program = _traced(fn, structs, examples)
-    entries = program.block.inputs
     count = len(jax.tree.leaves(structs))
     leaves = jax.tree.leaves(params)
-    relations = Relations(program)
-    _pin(relations, entries[:count])
-    with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
-        known = _known(program, leaves, {})
-        for slot, d in summed_constants(program, known):
-            relations.dimensions.pin(relations.axes[slot][d])
-        everything, _ = fold_constants(program, known, entries[:count])
-        cut = choose(relations, _known(program, leaves, everything), entries)
-        # Once more, with the constants of just those units that go.
-        changed, folds = fold_constants(
-            program, known, entries[:count], lambda slot: ~cut.entries(slot)
-        )
-        if changed.keys() | everything.keys():
-            cut = choose(relations, _known(program, leaves, changed), entries)
+    analysis = _analysed(_traced(fn, structs, examples), leaves)
+    program, relations, known, cut, changed, folds = analysis
+    entries = program.block.inputs
 
     new_leaves = [
         cut.take(slot, jnp.asarray(changed[slot]) if slot in changed else leaf)
@@ -196,13 +184,7 @@ def compact(fn: Callable[..., Any], params: chex.ArrayTree, *inputs: Any) -> Com
         ),
         folded=tuple(FoldedConstants(f.where, f.units, where[f.leaf], f.added) for f in folds),
         stops=_stops(relations, where),
-        variable=tuple(
-            tuple(
-                free and program.avals[slot].shape[d] != 1
-                for d, free in enumerate(_variable(relations, slot))
-            )
-            for slot in entries[count:]
-        ),
+        variable=_variable_axes(fn, structs, examples, analysis, leaves),
         zeros=sum(int((~known[slot].nonzero).sum()) for slot in entries[:count]),
     )
     return Compacted(
@@ -309,19 +291,127 @@ def _structs(tree: Any, name: str) -> Any:
     return jax.tree_util.tree_map_with_path(struct, tree)
 
 
-def _traced(fn: Callable[..., Any], structs: Any, examples: Sequence[Any]) -> Program:
-    """Traces the example; a batch of one as one of two, to see what is done along it."""
-    varying = (False,) + (True,) * len(examples)
-    leaves, tree = jax.tree.flatten(examples)
-    if all(leaf.shape[:1] in ((), (1,)) for leaf in leaves):
-        two = [
-            jax.ShapeDtypeStruct((2, *leaf.shape[1:]) if leaf.shape else (), leaf.dtype)
-            for leaf in leaves
+class _Analysis(NamedTuple):
+    """What a trace says: which units go, and which leaves take their constants."""
+
+    program: Program
+    relations: Relations
+    known: dict[int, Known]
+    cut: Cut
+    changed: dict[int, Any]  # by slot, leaves that constants were folded into
+    folds: Sequence[Any]
+
+
+def _analysed(program: Program, leaves: Sequence[Any]) -> _Analysis:
+    entries = program.block.inputs[: len(leaves)]
+    relations = Relations(program)
+    _pin(relations, entries)
+    with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
+        known = _known(program, leaves, {})
+        for slot, d in summed_constants(program, known):
+            relations.dimensions.pin(relations.axes[slot][d])
+        everything, _ = fold_constants(program, known, entries)
+        cut = choose(relations, _known(program, leaves, everything), program.block.inputs)
+        # Once more, with the constants of just those units that go.
+        changed, folds = fold_constants(program, known, entries, lambda slot: ~cut.entries(slot))
+        if changed.keys() | everything.keys():
+            cut = choose(relations, _known(program, leaves, changed), program.block.inputs)
+    return _Analysis(program, relations, known, cut, changed, folds)
+
+
+def _variable_axes(
+    fn: Callable[..., Any],
+    structs: Any,
+    examples: Sequence[Any],
+    analysis: _Analysis,
+    leaves: Sequence[Any],
+) -> tuple[tuple[bool, ...], ...]:
+    """The axes of the inputs that may have another size: at another size the same units go.
+
+    A constant may count an axis that it does not have: a mean over ones, a scan over a dead branch,
+    a shape in Python. So it is tried: all axes along which the function works alike are taken
+    longer, and a first axis of one, a batch; where the function does not take that, or other units
+    would go, fewer are.
+    """
+    shapes = [leaf.shape for leaf in jax.tree.leaves(examples)]
+    slots = analysis.program.block.inputs[len(leaves) :]
+    free = [_variable(analysis.relations, slot) for slot in slots]
+
+    def marked(choose: Callable[[int, int, int], bool]) -> list[list[bool]]:
+        """By input and axis; ``choose`` is asked with the number of both and the size."""
+        return [
+            [free[i][d] and (n != 1 or d == 0) and choose(i, d, n) for d, n in enumerate(shape)]
+            for i, shape in enumerate(shapes)
+        ]
+
+    def double(size: int) -> int:
+        return 2 * size
+
+    def other_size(size: int) -> int:
+        return size - 1 if size > 2 else 2
+
+    trials: list[tuple[list[list[bool]], Callable[[int], int]]] = [
+        (marked(lambda i, d, n: True), double),
+        (marked(lambda i, d, n: n != 2), other_size),  # where it may not be longer
+        (marked(lambda i, d, n: n > 1), double),
+        (marked(lambda i, d, n: n > 2), other_size),
+        (marked(lambda i, d, n: d == 0), double),
+        (marked(lambda i, d, n: n == 1), double),
+    ]
+    batches = trials[-1][0]
+    nothing = [[False] * len(row) for row in batches]
+    for i, row in enumerate(batches):  # each input alone
+        trials.append(([*nothing[:i], row, *nothing[i + 1 :]], double))
+    tried = []
+    for marks, resize in trials:
+        others = [
+            tuple(resize(n) if mark else n for n, mark in zip(shape, row, strict=True))
+            for shape, row in zip(shapes, marks, strict=True)
+        ]
+        if others == shapes or others in tried:
+            continue
+        tried.append(others)
+        flat, tree = jax.tree.flatten(examples)
+        resized = [
+            jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=leaf.weak_type)
+            for shape, leaf in zip(others, flat, strict=True)
         ]
         try:
-            return trace(fn, (structs, *jax.tree.unflatten(tree, two)), varying)[0]
-        except Exception:  # the first axis is no batch: whatever fn says of two
-            pass
+            arguments = (structs, *jax.tree.unflatten(tree, resized))
+            program, _ = trace(fn, arguments, (False,) + (True,) * len(examples))
+        except Exception:  # whatever fn says of another size
+            continue
+        other = _analysed(program, leaves)
+        if _agree(analysis, other, len(leaves)):
+            there = [_variable(other.relations, s) for s in program.block.inputs[len(leaves) :]]
+            return tuple(
+                tuple(mark and alike for mark, alike in zip(*rows, strict=True))
+                for rows in zip(marks, there, strict=True)
+            )
+    return tuple((False,) * len(shape) for shape in shapes)
+
+
+def _agree(one: _Analysis, other: _Analysis, leaves: int) -> bool:
+    """Whether two analyses cut and change the leaves alike."""
+
+    def same(a: Any, b: Any) -> bool:
+        if a is None or b is None:
+            return a is b
+        return a.shape == b.shape and np.allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=1e-4, atol=1e-6
+        )
+
+    slots = (analysis.program.block.inputs[:leaves] for analysis in (one, other))
+    return all(
+        same(one.changed.get(a), other.changed.get(b))
+        and all(map(same, _kept(one.cut, a), _kept(other.cut, b)))
+        for a, b in zip(*slots, strict=True)
+    )
+
+
+def _traced(fn: Callable[..., Any], structs: Any, examples: Sequence[Any]) -> Program:
+    """Traces the example."""
+    varying = (False,) + (True,) * len(examples)
     try:
         return trace(fn, (structs, *examples), varying)[0]
     except (jax.errors.JAXTypeError, jax.errors.UnexpectedTracerError) as error:
@@ -444,7 +534,8 @@ def _check_inputs(
             if not free[d] and not (isinstance(size, int) and size == old):
                 raise ValueError(
                     f"{said} {planned.shape}, and along axis {d} it looks at single indices, sums "
-                    "constants, or had but one. Compact it for this shape, too."
+                    "constants, depends on how long it is, or had but one. Compact it for this "
+                    "shape, too."
                 )
 
 

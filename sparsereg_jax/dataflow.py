@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .axis_rules import CARRIERS, ELEMENTWISE, LOOKUPS, REDUCTIONS, WINDOWS, carried
-from .program import Program, Step, all_steps, bind
+from .program import Block, Call, Program, Step, all_steps, bind
 
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 # Each result is one operand's entry (or the fill): linear, and 0 or 1 stays 0 or 1.
@@ -120,6 +120,9 @@ def backwards(
             for slot in step.outputs
         ]
         if not any(want.any() for want in wanted):
+            if step.call is None and (not step.outputs or "callback" in step.name):
+                for slot in step.inputs:  # printed, or sent somewhere else
+                    need(slot, np.broadcast_to(np.True_, program.avals[slot].shape))
             continue
         if kept is not None:
             for slot in step.inputs:
@@ -127,6 +130,8 @@ def backwards(
         if step.call is not None:
             for slot, want in zip(step.call.body.outputs, wanted, strict=True):
                 need(slot, want)
+            if kept is not None and step.call.rules:
+                _through_rules(program, known, step, step.call, wanted, kept, needed, need)
         else:
             operands = [known[slot] for slot in step.inputs]
             for slot, want in zip(
@@ -134,6 +139,67 @@ def backwards(
             ):
                 need(slot, want)
     return needed
+
+
+def _through_rules(
+    program: Program,
+    known: dict[int, Known],
+    step: Step,
+    call: Call,
+    wanted: Sequence[np.ndarray],
+    kept: Callable[[int], np.ndarray],
+    needed: dict[int, np.ndarray],
+    need: Callable[[int, np.ndarray], None],
+) -> None:
+    """Adds what a call's derivative rules read for the derivatives of the entries that stay."""
+    count, avals, here = len(step.outputs), program.avals, dict(known)
+
+    def run_rule(rule: Block) -> None:
+        for inner in all_steps(rule):
+            if inner.call is not None:
+                results = [here[slot] for slot in inner.call.body.outputs]
+            else:
+                results = _forward(inner, [here[slot] for slot in inner.inputs], avals)
+            here.update(zip(inner.outputs, results, strict=True))
+
+    if call.kind == "custom_jvp":
+        (rule,) = call.rules
+        for slot in rule.inputs[len(step.inputs) :]:
+            here[slot] = unknown(avals[slot].shape)
+        run_rule(rule)
+        seeds = [(slot, want) for slot, want in zip(rule.outputs, (*wanted, *wanted), strict=True)]
+    else:
+        forward, backward = call.rules
+        run_rule(forward)
+        cotangents = backward.inputs[len(backward.inputs) - count :]
+        for slot, want in zip(cotangents, wanted, strict=True):  # zero where nothing needs it
+            here[slot] = Known(want, np.zeros(avals[slot].shape, avals[slot].dtype))
+        run_rule(backward)
+        seeds = list(zip(forward.outputs, wanted, strict=False))
+        seeds += [
+            (slot, kept(step.inputs[i]))
+            for slot, i in zip(backward.outputs, call.differentiable, strict=True)
+        ]
+    for slot, which in seeds:
+        need(slot, which)
+    for rule in reversed(call.rules):
+        for inner in reversed(list(all_steps(rule))):
+            asked = [
+                needed.get(slot, np.broadcast_to(np.False_, avals[slot].shape))
+                for slot in inner.outputs
+            ]
+            if not any(each.any() for each in asked):
+                continue
+            for slot in inner.inputs:
+                need(slot, kept(slot))
+            if inner.call is not None:
+                for slot, each in zip(inner.call.body.outputs, asked, strict=True):
+                    need(slot, each)
+            else:
+                operands = [here[slot] for slot in inner.inputs]
+                through = _backward(inner, operands, asked, avals)
+                for slot, each in zip(inner.inputs, through, strict=True):
+                    need(slot, each)
 
 
 def summed_constants(program: Program, known: dict[int, Known]) -> list[tuple[int, int]]:
@@ -198,6 +264,10 @@ def _varies(
         elif name == "select_n" and operands[0].value is not None:
             chosen = np.broadcast_to(operands[0].value, shapes[0]).astype(int)
             out = np.choose(chosen, which[1:]) | which[0]
+        if name == "select_n" and all(case.value is not None for case in operands[1:]):
+            first = operands[1]
+            alike = [~case.varies & (case.value == first.value) for case in operands[1:]]
+            out = out & ~np.logical_and.reduce(alike)  # the same constant, whichever is chosen
         return [np.broadcast_to(out, shapes[0])]
     if name in PRODUCTS:
         a, b = operands

@@ -1100,3 +1100,157 @@ def test_errors():
     (batch,) = export.symbolic_shape("batch")
     with pytest.raises(ValueError, match=r"inputs/0 has the symbolic shape \(batch, 4\)"):
         sj.compact(mlp, params, jax.ShapeDtypeStruct((batch, 4), jnp.float32))
+
+
+# --- sizes, derivative rules, what is seen from outside ------------------------------------------
+
+
+def one_constant_unit():
+    """Of two units the second is the constant 1."""
+    params = {"w1": [[1.0, 0.0]], "b1": [0.0, 1.0], "w2": [[1.0], [1.0]], "b2": [0.0]}
+    return {name: jnp.asarray(value) for name, value in params.items()}
+
+
+def hidden(params, x):
+    return jax.nn.relu(x @ params["w1"] + params["b1"])
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, x: hidden(p, x).sum(0) @ p["w2"] + p["b2"],
+        lambda p, x: (hidden(p, x) * x.shape[0]) @ p["w2"] + p["b2"],
+        lambda p, x: jnp.arange(1.0, x.shape[0] + 1) @ hidden(p, x) @ p["w2"] + p["b2"],
+        lambda p, x: (hidden(p, x) / jnp.ones(x.shape[0]).sum()) @ p["w2"] + p["b2"],
+    ],
+    ids=["summed", "by its size", "weighed", "by a sum of ones"],
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_first_axis_that_is_no_batch(fn, batch):
+    """At the example's own shape it is the same function; at others too, or it says so."""
+    params = one_constant_unit()
+    small = sj.compact(fn, params, jnp.ones((batch, 1)))
+    for number in (batch, batch + 1, 5):
+        x = jnp.arange(2.0, 2.0 + number)[:, None]
+        try:
+            found = small.fn(small.params, x)
+        except ValueError:
+            assert number != batch
+            continue
+        np.testing.assert_allclose(found, fn(params, x), rtol=1e-6)
+
+
+def test_an_input_of_one_entry_without_a_batch():
+    params = {"w": jnp.array([0.0, 3.0])}
+    small = sj.compact(lambda p, t: jnp.sum(t * p["w"]), params, jnp.ones(1))
+    assert small.fn(small.params, jnp.full(1, 2.0)) == 6
+
+
+def test_constants_that_count_another_axis():
+    """A mean over ones of its shape, and a scan over a dead branch: constant, but not of length."""
+    params = one_constant_unit()
+
+    def counted(p, x):
+        return (hidden(p, x) / jnp.ones_like(x).sum(1, keepdims=True)) @ p["w2"] + p["b2"]
+
+    def scanned(p, x):
+        dead = jnp.moveaxis(jax.nn.relu(x @ p["w0"] + p["b0"]), 1, 0)
+        c = jax.lax.scan(lambda c, v: (0.5 * c + v, None), jnp.zeros(dead.shape[1:]), dead)[0]
+        return jax.nn.relu(c @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"] + x.sum((1, 2))[:, None]
+
+    more = params | {"w0": jnp.zeros((1, 1)), "b0": jnp.ones(1), "w1": jnp.ones((1, 2))}
+    for fn, given in ((counted, params), (scanned, more)):
+        small = sj.compact(fn, given, jnp.ones((1, 4, 1)))
+        for shape in ((1, 4, 1), (3, 4, 1), (1, 2, 1), (2, 8, 1)):
+            x = jnp.linspace(1.0, 2.0, int(np.prod(shape))).reshape(shape)
+            try:
+                found = small.fn(small.params, x)
+            except ValueError:
+                assert shape[1] != 4
+                continue
+            np.testing.assert_allclose(found, fn(given, x), rtol=1e-6)
+
+
+def test_a_batch_of_one_beside_an_input_without():
+    params = one_constant_unit()
+
+    def fn(p, x, t):
+        return jax.nn.relu(x @ p["w1"] + p["b1"] + t[:2]) @ p["w2"] + p["b2"]
+
+    small = sj.compact(fn, params, jnp.ones((1, 1)), jnp.ones(5))
+    x, t = jnp.arange(3.0)[:, None], jnp.linspace(-1.0, 1.0, 5)
+    np.testing.assert_allclose(small.fn(small.params, x, t), fn(params, x, t), rtol=1e-6)
+
+
+@pytest.mark.parametrize("by_vmap", [False, True])
+def test_gathers_along_a_batch(by_vmap):
+    """The last token of each row, by its length."""
+    params = one_constant_unit()
+
+    def last(p, x, lengths):
+        units = hidden(p, x)
+        if by_vmap:
+            return jax.vmap(lambda h, n: h[n])(units, lengths) @ p["w2"] + p["b2"]
+        return jnp.take_along_axis(units, lengths[:, None, None], axis=1)[:, 0] @ p["w2"] + p["b2"]
+
+    small = sj.compact(last, params, jnp.ones((2, 4, 1)), jnp.zeros(2, int))
+    assert small.params["w1"].shape == (1, 1)
+    x, lengths = jnp.arange(12.0).reshape(3, 4, 1), jnp.array([0, 1, 3])
+    np.testing.assert_allclose(
+        small.fn(small.params, x, lengths), last(params, x, lengths), rtol=1e-6
+    )
+
+
+@jax.custom_vjp
+def scaled_by_the_largest(h):
+    return h * 1.0
+
+
+scaled_by_the_largest.defvjp(lambda h: (h * 1.0, jnp.abs(h).max()), lambda m, g: (g * m,))
+
+
+def test_derivative_rules_that_read_dead_units():
+    """Their gradient is the whole network's: a unit that only a rule reads stays."""
+    params = {"w1": jnp.array([[1.0, 5.0]]), "w2": jnp.array([[1.0], [0.0]])}
+
+    def fn(p, x):
+        return scaled_by_the_largest(x @ p["w1"]) @ p["w2"]
+
+    x = jnp.array([[2.0]])
+    small = sj.compact(fn, params, x)
+    ours = jax.grad(lambda x: small.fn(small.params, x).sum())(x)
+    np.testing.assert_allclose(ours, jax.grad(lambda x: fn(params, x).sum())(x))
+    assert ours == 10
+
+
+def test_a_symbolic_batch_that_heads_are_folded_into():
+    params = {"w1": jnp.ones((3, 4)), "w2": jnp.array([[1.0], [2.0], [0.0], [0.0]])}
+
+    def fn(p, x):
+        groups = (x @ p["w1"]).reshape(x.shape[0] * 2, 2)
+        return jax.nn.softmax(groups).reshape(x.shape[0], 4) @ p["w2"]
+
+    small = sj.compact(fn, params, jnp.ones((1, 3)))
+    (batch,) = jax.export.symbolic_shape("batch")
+    exported = jax.export.export(jax.jit(small.fn))(
+        small.params, jax.ShapeDtypeStruct((batch, 3), jnp.float32)
+    )
+    x = jnp.arange(12.0).reshape(4, 3)
+    np.testing.assert_allclose(exported.call(small.params, x), fn(params, x), rtol=1e-6)
+
+
+def test_callbacks_see_what_they_saw():
+    seen = []
+
+    def fn(p, x):
+        h = x @ p["w1"]
+        jax.debug.callback(lambda value: seen.append(float(value)), (h @ p["aux"]).sum())
+        return h @ p["w2"]
+
+    params = {"w1": [[1.0, 5.0]], "aux": [[1.0], [1.0]], "w2": [[1.0], [0.0]]}
+    params = {name: jnp.asarray(value) for name, value in params.items()}
+    small = sj.compact(fn, params, jnp.ones((1, 1)))
+    for run, given in ((fn, params), (small.fn, small.params)):
+        jax.block_until_ready(run(given, jnp.array([[2.0]])))
+    jax.effects_barrier()
+    assert seen == [12, 12]
