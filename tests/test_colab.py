@@ -98,6 +98,7 @@ def test_eight_devices_give_the_numbers_of_one(tmp_path, capsys):
     assert "report.html" in {file.name for file in (tmp_path / "eight").iterdir()}
 
 
+@pytest.mark.slow
 def test_each_device_works_on_its_part_of_the_batch_and_the_sum_is_the_same():
     splits, model, tx = data.load("digits"), models.LeNet300(), optax.adam(1e-3)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))

@@ -140,7 +140,7 @@ def test_masks_are_sharded_like_the_params(rule):
 )
 @pytest.mark.parametrize(
     "rule",
-    ["n_of_m", "odd blocks", "odd n_of_m"]
+    ["n_of_m", pytest.param("odd blocks", marks=pytest.mark.slow), "odd n_of_m"]
     + [pytest.param(rule, marks=pytest.mark.slow) for rule in RULES if rule != "n_of_m"],
 )
 def test_masks_on_a_mesh_of_explicit_axes(rule, spec):

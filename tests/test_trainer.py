@@ -45,7 +45,13 @@ def test_an_epoch_of_sgd_against_numpy():
     assert int(record.step) == 3
 
 
-@pytest.mark.parametrize("augmented", [None, functools.partial(augment.crop_and_flip, margin=2)])
+@pytest.mark.parametrize(
+    "augmented",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        functools.partial(augment.crop_and_flip, margin=2),
+    ],
+)
 def test_a_scan_and_a_loop_of_steps_give_the_same(augmented):
     some = images(40, (8, 8, 3))
     model = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, lambda x: x.mean((1, 2)), nn.Dense(10)])

@@ -22,7 +22,7 @@ def test_ten_lines(name):
     assert sum(line.startswith("- ") for line in changes) <= 2
 
 
-@pytest.mark.parametrize("name", ["linen", "nnx"])
+@pytest.mark.parametrize("name", [pytest.param("linen", marks=pytest.mark.slow), "nnx"])
 def test_the_sparse_trainer_is_nearly_as_good(name):
     (_, dense_accuracy), (params, accuracy) = (
         importlib.import_module(f".trainers.{name}_{kind}", __package__).main(epochs=15)
