@@ -85,13 +85,18 @@ def forwards(program: Program, values: Sequence[Known]) -> dict[int, Known]:
     """What is known of every slot, from what is known of the program's inputs."""
     known = dict(zip(program.block.inputs, values, strict=True))
     known |= {slot: constant(value) for slot, value in program.constants.items()}
-    for step in all_steps(program.block):
+    _follow(program.block, known, program.avals)
+    return known
+
+
+def _follow(block: Block, known: dict[int, Known], avals: list[Any]) -> None:
+    """Adds what is known of a block's slots, from what is known of its inputs."""
+    for step in all_steps(block):
         if step.call is not None:
             results = [known[slot] for slot in step.call.body.outputs]
         else:
-            results = _forward(step, [known[slot] for slot in step.inputs], program.avals)
+            results = _forward(step, [known[slot] for slot in step.inputs], avals)
         known |= dict(zip(step.outputs, results, strict=True))
-    return known
 
 
 def backwards(
@@ -154,27 +159,19 @@ def _through_rules(
     """Adds what a call's derivative rules read for the derivatives of the entries that stay."""
     count, avals, here = len(step.outputs), program.avals, dict(known)
 
-    def run_rule(rule: Block) -> None:
-        for inner in all_steps(rule):
-            if inner.call is not None:
-                results = [here[slot] for slot in inner.call.body.outputs]
-            else:
-                results = _forward(inner, [here[slot] for slot in inner.inputs], avals)
-            here.update(zip(inner.outputs, results, strict=True))
-
     if call.kind == "custom_jvp":
         (rule,) = call.rules
         for slot in rule.inputs[len(step.inputs) :]:
             here[slot] = unknown(avals[slot].shape)
-        run_rule(rule)
+        _follow(rule, here, avals)
         seeds = [(slot, want) for slot, want in zip(rule.outputs, (*wanted, *wanted), strict=True)]
     else:
         forward, backward = call.rules
-        run_rule(forward)
+        _follow(forward, here, avals)
         cotangents = backward.inputs[len(backward.inputs) - count :]
         for slot, want in zip(cotangents, wanted, strict=True):  # zero where nothing needs it
             here[slot] = Known(want, np.zeros(avals[slot].shape, avals[slot].dtype))
-        run_rule(backward)
+        _follow(backward, here, avals)
         seeds = list(zip(forward.outputs, wanted, strict=False))
         seeds += [
             (slot, kept(step.inputs[i]))
