@@ -3,47 +3,36 @@
 Entry by entry, at one example shape. Forwards: an entry *varies* if some input can change it;
 otherwise its value is known. Backwards: an entry is *needed* if changing it could change the
 result. A product with a known zero neither varies nor needs its other factor, and a known zero
-that is only summed up is not needed. Both directions run the program's own primitives on
-indicators (0 and 1), so that every layout of a matrix product or a convolution is covered by JAX's
-own rules; what is not known here varies whenever an input reaches it, and needs all it is given.
+that is only summed up is not needed. What is not known here varies whenever an input reaches it,
+and needs all it is given.
 
 Values are taken to be finite: 0 times an infinity is not looked at.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .axis_rules import CARRIERS, ELEMENTWISE, LOOKUPS, REDUCTIONS, WINDOWS, carried
+from .indicators import MOVES, move, move_back, product, product_back, transpose
 from .program import Block, Call, Program, Step, all_steps, bind
 
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
-# Each result is one operand's entry (or the fill): linear, and 0 or 1 stays 0 or 1.
-MOVES = frozenset(
-    [
-        "reshape",
-        "broadcast_in_dim",
-        "transpose",
-        "squeeze",
-        "slice",
-        "pad",
-        "concatenate",
-        "split",
-        "rev",
-    ]
-)
 
 
-class Known(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Known:
     """What is known of one value: where it varies, and what it is where it does not."""
 
     varies: np.ndarray  # bool, of the value's shape (perhaps a broadcast view)
     value: np.ndarray | None  # meaningless where it varies; None where all of it does
 
-    @property
+    @functools.cached_property
     def nonzero(self) -> np.ndarray:
         """Entries that may differ from zero."""
         if self.value is None:
@@ -62,23 +51,6 @@ def constant(value: Any) -> Known:
 def unknown(shape: tuple[int, ...]) -> Known:
     """A value of which every entry varies."""
     return Known(np.broadcast_to(np.True_, shape), None)
-
-
-def run(step: Step, *operands: Any, **changed: Any) -> list[Any]:
-    """Runs a step's primitive on host arrays."""
-    return bind(step, *(jnp.asarray(operand) for operand in operands), **changed)
-
-
-def product(step: Step, a: Any, b: Any, dtype: Any = np.float32) -> Any:
-    """A matrix product or convolution of operands of another dtype, at full precision."""
-    (out,) = bind(
-        step,
-        jnp.asarray(a, dtype),
-        jnp.asarray(b, dtype),
-        preferred_element_type=np.dtype(dtype),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    return out
 
 
 def forwards(program: Program, values: Sequence[Known]) -> dict[int, Known]:
@@ -112,63 +84,69 @@ def backwards(
             so these entries of its operands are needed, too.
     """
     needed: dict[int, np.ndarray] = {}
-
-    def need(slot: int, which: np.ndarray) -> None:
-        old = needed.get(slot)
-        needed[slot] = which if old is None or which.all() else old | which
-
     for slot in program.block.outputs:
-        need(slot, np.broadcast_to(np.True_, program.avals[slot].shape))
-    for step in reversed(list(all_steps(program.block))):
+        _need(needed, slot, np.broadcast_to(np.True_, program.avals[slot].shape))
+    _trace_back(program.block, known, program.avals, needed, kept)
+    return needed
+
+
+def _need(needed: dict[int, np.ndarray], slot: int, which: np.ndarray) -> None:
+    old = needed.get(slot)
+    needed[slot] = which if old is None or which.all() else old | which
+
+
+def _trace_back(
+    block: Block,
+    known: dict[int, Known],
+    avals: list[Any],
+    needed: dict[int, np.ndarray],
+    kept: Callable[[int], np.ndarray] | None,
+) -> None:
+    """Adds what is needed of a block's slots, from what is needed of its outputs."""
+    for step in reversed(list(all_steps(block))):
         wanted = [
-            needed.get(slot, np.broadcast_to(np.False_, program.avals[slot].shape))
-            for slot in step.outputs
+            needed.get(slot, np.broadcast_to(np.False_, avals[slot].shape)) for slot in step.outputs
         ]
         if not any(want.any() for want in wanted):
             if step.call is None and (not step.outputs or "callback" in step.name):
                 for slot in step.inputs:  # printed, or sent somewhere else
-                    need(slot, np.broadcast_to(np.True_, program.avals[slot].shape))
+                    _need(needed, slot, np.broadcast_to(np.True_, avals[slot].shape))
             continue
         if kept is not None:
             for slot in step.inputs:
-                need(slot, kept(slot))
+                _need(needed, slot, kept(slot))
         if step.call is not None:
             for slot, want in zip(step.call.body.outputs, wanted, strict=True):
-                need(slot, want)
+                _need(needed, slot, want)
             if kept is not None and step.call.rules:
-                _through_rules(program, known, step, step.call, wanted, kept, needed, need)
+                _through_rules(step, step.call, wanted, known, avals, needed, kept)
         else:
-            operands = [known[slot] for slot in step.inputs]
-            for slot, want in zip(
-                step.inputs, _backward(step, operands, wanted, program.avals), strict=True
-            ):
-                need(slot, want)
-    return needed
+            through = _backward(step, [known[slot] for slot in step.inputs], wanted, avals)
+            for slot, want in zip(step.inputs, through, strict=True):
+                _need(needed, slot, want)
 
 
 def _through_rules(
-    program: Program,
-    known: dict[int, Known],
     step: Step,
     call: Call,
     wanted: Sequence[np.ndarray],
-    kept: Callable[[int], np.ndarray],
+    known: dict[int, Known],
+    avals: list[Any],
     needed: dict[int, np.ndarray],
-    need: Callable[[int, np.ndarray], None],
+    kept: Callable[[int], np.ndarray],
 ) -> None:
     """Adds what a call's derivative rules read for the derivatives of the entries that stay."""
-    count, avals, here = len(step.outputs), program.avals, dict(known)
-
+    here = dict(known)
     if call.kind == "custom_jvp":
         (rule,) = call.rules
         for slot in rule.inputs[len(step.inputs) :]:
             here[slot] = unknown(avals[slot].shape)
         _follow(rule, here, avals)
-        seeds = [(slot, want) for slot, want in zip(rule.outputs, (*wanted, *wanted), strict=True)]
+        seeds = list(zip(rule.outputs, (*wanted, *wanted), strict=True))
     else:
         forward, backward = call.rules
         _follow(forward, here, avals)
-        cotangents = backward.inputs[len(backward.inputs) - count :]
+        cotangents = backward.inputs[len(backward.inputs) - len(step.outputs) :]
         for slot, want in zip(cotangents, wanted, strict=True):  # zero where nothing needs it
             here[slot] = Known(want, np.zeros(avals[slot].shape, avals[slot].dtype))
         _follow(backward, here, avals)
@@ -178,25 +156,9 @@ def _through_rules(
             for slot, i in zip(backward.outputs, call.differentiable, strict=True)
         ]
     for slot, which in seeds:
-        need(slot, which)
+        _need(needed, slot, which)
     for rule in reversed(call.rules):
-        for inner in reversed(list(all_steps(rule))):
-            asked = [
-                needed.get(slot, np.broadcast_to(np.False_, avals[slot].shape))
-                for slot in inner.outputs
-            ]
-            if not any(each.any() for each in asked):
-                continue
-            for slot in inner.inputs:
-                need(slot, kept(slot))
-            if inner.call is not None:
-                for slot, each in zip(inner.call.body.outputs, asked, strict=True):
-                    need(slot, each)
-            else:
-                operands = [here[slot] for slot in inner.inputs]
-                through = _backward(inner, operands, asked, avals)
-                for slot, each in zip(inner.inputs, through, strict=True):
-                    need(slot, each)
+        _trace_back(rule, here, avals, needed, kept)
 
 
 def summed_constants(program: Program, known: dict[int, Known]) -> list[tuple[int, int]]:
@@ -217,6 +179,13 @@ def summed_constants(program: Program, known: dict[int, Known]) -> list[tuple[in
     return found
 
 
+def _run(step: Step, operands: Sequence[Any], shapes: list[tuple[int, ...]]) -> list[Any]:
+    """The results of a step on host arrays, from all its operands and the results' shapes."""
+    if step.name in MOVES:
+        return move(step, operands, shapes)
+    return bind(step, *map(jnp.asarray, operands))
+
+
 def _forward(step: Step, operands: list[Known], avals: list[Any]) -> list[Known]:
     shapes = [avals[slot].shape for slot in step.outputs]
     if not shapes or "callback" in step.name:
@@ -224,7 +193,9 @@ def _forward(step: Step, operands: list[Known], avals: list[Any]) -> list[Known]
     if not any(operand.varies.any() for operand in operands):
         if any(operand.value is None for operand in operands):
             return [unknown(shape) for shape in shapes]  # keys of random numbers, empty arrays
-        return [constant(out) for out in run(step, *(operand.value for operand in operands))]
+        return [
+            constant(out) for out in _run(step, [operand.value for operand in operands], shapes)
+        ]
     varies = _varies(step, operands, shapes, avals)
     if varies is None or all(which.all() for which in varies):
         return [unknown(shape) for shape in shapes]
@@ -242,7 +213,7 @@ def _forward(step: Step, operands: list[Known], avals: list[Any]) -> list[Known]
             )
             for slot, operand, placeholder in zip(step.inputs, operands, placeholders, strict=True)
         ]
-        values = run(step, *filled)
+        values = _run(step, filled, shapes)
     return [Known(which, np.asarray(value)) for which, value in zip(varies, values, strict=True)]
 
 
@@ -272,15 +243,14 @@ def _varies(
             return None
         out = np.zeros(shapes[0], bool)
         if a.varies.any():
-            out |= np.asarray(product(step, a.varies, b.nonzero)) != 0
+            out |= product(step, a.varies, b.nonzero)
         if b.varies.any():
-            out |= np.asarray(product(step, a.nonzero, b.varies)) != 0
+            out |= product(step, a.nonzero, b.varies)
         return [out]
     if name in MOVES:
         if all(operand.varies.all() for operand in operands):
             return None
-        moved = run(step, *(operand.varies.astype(np.float32) for operand in operands))
-        return [np.asarray(out) != 0 for out in moved]
+        return move(step, [operand.varies for operand in operands], shapes)
     if name in LOOKUPS:
         if any(operand.varies.any() for operand in operands[1:]):
             table = operands[0]
@@ -290,10 +260,10 @@ def _varies(
             mixed = table.varies | (table.value != _first(table.value, gone))
             mixed = mixed | _may_fill(step, table.value)
             return [_spread(mixed.any(axis=gone), step, avals, shapes[0])]
-        moved = run(
+        moved = bind(
             step,
-            operands[0].varies.astype(np.float32),
-            *(operand.value for operand in operands[1:]),
+            jnp.asarray(operands[0].varies.astype(np.float32)),
+            *(jnp.asarray(operand.value) for operand in operands[1:]),
             **({"fill_value": None} if name == "gather" else {}),
         )
         return [np.asarray(out) != 0 for out in moved]
@@ -330,21 +300,17 @@ def _backward(
     if name in PRODUCTS:
         (want,) = wanted
         a, b = operands
-        ones = [np.zeros(shape, np.float32) for shape in shapes]
-        first = _transpose(lambda x: [product(step, x, b.nonzero)], ones[:1], want)[0]
-        second = _transpose(lambda x: [product(step, a.nonzero, x)], ones[1:], want)[0]
+        first, second = product_back(step, a.nonzero, b.nonzero, want)
         return [first & a.nonzero, second & b.nonzero]
     if name in MOVES:
-        examples = [np.zeros(shape, np.float32) for shape in shapes]
-        return _transpose(lambda *xs: bind(step, *xs), examples, *wanted)
+        return move_back(step, shapes, wanted)
     if name in REDUCTIONS:
         (want,) = wanted
         gone = tuple(int(axis) for axis in step.params["axes"])
         out = np.broadcast_to(np.expand_dims(want, gone), shapes[0])
         return [out & operands[0].nonzero if name == "reduce_sum" else out]
     if name in WINDOWS:
-        example = np.zeros(shapes[0], np.float32)
-        (out,) = _transpose(lambda x: [_window_sum(step, x)], [example], *wanted)
+        (out,) = transpose(lambda x: [_window_sum(step, x)], shapes[:1], *wanted)
         return [out & operands[0].nonzero if name == "reduce_window_sum" else out]
     if name in LOOKUPS:
         (want,) = wanted
@@ -352,11 +318,7 @@ def _backward(
         if not any(operand.varies.any() for operand in operands[1:]):
             indices = [jnp.asarray(operand.value) for operand in operands[1:]]
             changed = {"fill_value": None} if name == "gather" else {}
-            (out,) = _transpose(
-                lambda x: bind(step, x, *indices, **changed),
-                [np.zeros(shapes[0], np.float32)],
-                want,
-            )
+            (out,) = transpose(lambda x: bind(step, x, *indices, **changed), shapes[:1], want)
             return [out, *rest]
         places = carried(step, avals)[0]
         left = [place for place in places if place is not None]
@@ -370,13 +332,6 @@ def _backward(
         want = np.logical_or.reduce([which.any(axis=gone, keepdims=True) for which in wanted])
         return [np.broadcast_to(want, shape) for shape in shapes]
     return [np.broadcast_to(np.True_, shape) for shape in shapes]
-
-
-def _transpose(fn: Any, examples: list[np.ndarray], *wanted: np.ndarray) -> list[np.ndarray]:
-    """Which entries of a linear function's operands reach the wanted entries of its results."""
-    pull = jax.linear_transpose(fn, *examples)
-    found = pull([jnp.asarray(which, jnp.float32) for which in wanted])
-    return [np.asarray(out) != 0 for out in found]
 
 
 def _window_sum(step: Step, operand: Any) -> Any:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .dataflow import PRODUCTS, Known, product
+from .dataflow import PRODUCTS, Known
+from .indicators import full_product
 from .program import Program, Step, all_steps, bind
 
 # What may stand between a leaf and its use, or between a product and the bias that follows; casts
@@ -194,7 +195,7 @@ def _into_bias(
     constants = np.transpose(units.values, np.argsort(units.inputs))
     constants = np.broadcast_to(np.expand_dims(constants, free), shape)
     pair = (operand, constants) if side == 0 else (constants, operand)
-    delta = np.asarray(product(step, *pair, dtype=jnp.result_type(float)))
+    delta = np.asarray(full_product(step, *pair, dtype=jnp.result_type(float)))
     (slot,) = step.outputs
     while graph.uses[slot] == 1 and slot in graph.user:
         user = graph.user[slot]
