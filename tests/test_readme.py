@@ -48,7 +48,6 @@ def test_tables():
         "lenet300-mnist on the way",
         "lenet5-mnist paired",
         "lenet5-fashion_mnist paired",
-        "lenet5-fashion_mnist ablations",
     }
 
 
