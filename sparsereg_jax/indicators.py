@@ -153,9 +153,7 @@ def _orders(step: Step, *ndims: int) -> list[list[int]]:
     ]
 
 
-def _matrices(
-    step: Step, *factors: np.ndarray
-) -> list[tuple[np.ndarray, list[tuple[int, ...]]]]:
+def _matrices(step: Step, *factors: np.ndarray) -> list[tuple[np.ndarray, list[tuple[int, ...]]]]:
     """The factors as shape=[batch, free, summed], and the sizes of the axes in each of these."""
     (over, _), (batch, _) = step.params["dimension_numbers"]
     matrices = []
