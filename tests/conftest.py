@@ -3,11 +3,6 @@
 import os
 from pathlib import Path
 
-# Small programs compile faster in one piece.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1"
-)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -17,7 +12,24 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Most of the tests' time is compilation of programs that run once. The slow tests, whose programs
+# run long, are compiled as a user's are.
+COMPILE_FAST = ["--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 11):  # later there is one emitter alone
+    COMPILE_FAST.append("--xla_cpu_use_fusion_emitters=false")
+
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "tfds"
+
+
+def pytest_configure(config):
+    """XLA's flags, in time for its first use; what the environment says has the last word."""
+    flags = [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_parallel_codegen_split_count=1",  # small programs compile faster in one piece
+        *(COMPILE_FAST if config.option.markexpr == "not slow" else []),
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 @pytest.fixture
