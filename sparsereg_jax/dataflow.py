@@ -77,11 +77,11 @@ def backwards(
     """Which entries of every slot are needed for the program's results.
 
     Args:
-        program: the traced function.
-        known: what :func:`forwards` says of it.
-        kept: the entries of a slot that a cut leaves; None for all that are not needed. Whatever a
-            needed operation reads must have the value that it had, be it a zero that is not needed:
-            so these entries of its operands are needed, too.
+      program: the traced function.
+      known: what :func:`forwards` says of it.
+      kept: the entries of a slot that a cut leaves; None for all that are not needed. Whatever a
+        needed operation reads must have the value that it had, be it a zero that is not needed: so
+        these entries of its operands are needed, too.
     """
     needed: dict[int, np.ndarray] = {}
     for slot in program.block.outputs:
@@ -231,7 +231,9 @@ def _varies(
             out = out & operands[0].nonzero
         elif name == "select_n" and operands[0].value is not None:
             chosen = np.broadcast_to(operands[0].value, shapes[0]).astype(int)
-            out = np.choose(chosen, which[1:]) | which[0]
+            out = which[0] | np.logical_or.reduce(
+                [(chosen == i) & case for i, case in enumerate(which[1:])]
+            )
         if name == "select_n" and all(case.value is not None for case in operands[1:]):
             first = operands[1]
             alike = [~case.varies & (case.value == first.value) for case in operands[1:]]

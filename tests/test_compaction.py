@@ -931,6 +931,27 @@ def test_several_inputs_and_outputs():
     assert "inputs/0/b (4, 2) (4, 1)" in shown
 
 
+@pytest.mark.parametrize("cases", [3, 40])
+def test_a_choice_whose_index_is_known_in_part(cases):
+    def fn(params, x):
+        hidden = jnp.maximum(x @ params["w"], 0)
+        # Known to be the last case for the last two units, 1 or 2 for the others.
+        first = jnp.where(hidden[:, :-2] > 0, 2, 3)
+        last = jnp.full((len(x), 2), cases)
+        index = jnp.concatenate([first, last], axis=1) - 1
+        others = [hidden + float(i) for i in range(cases - 1)]
+        chosen = lax.select_n(index, *others, jnp.full_like(hidden, 7.0))
+        return chosen @ params["out"]
+
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(3, 6)), "out": rng.normal(size=(6, 2))}
+    params = {name: np.float32(value) for name, value in params.items()}
+    params["w"][:, 1] = 0  # chosen between two constants: it varies all the same
+    x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+    small = sj.compact(fn, params, x)
+    agree(fn, params, small, x + 1)
+
+
 def test_inputs_without_entries_and_widths_of_two_layers():
     with pytest.raises(ValueError, match=r"inputs/0 has no entries, its shape is \(0, 4\)"):
         sj.compact(mlp, mlp_params(), jnp.ones((0, 4)))
