@@ -208,6 +208,26 @@ def test_translations_by_name(name, config, languages, source, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("own", [[], ["test"]])
+def test_a_translation_without_splits_for_all(own, tmp_path):
+    import tensorflow_datasets as tfds
+
+    words = "open close save print find move copy cut".split()
+    texts = [f"{a} the {b} {c}" for a in words for b in words for c in ("file", "page")]
+    rows = {"train": [{"en": text, "fr": text.upper()} for text in texts]}
+    rows |= {split: [{"en": "its own", "fr": "LE SIEN"}] for split in own}
+    features = tfds.features.Translation(languages=("en", "fr"))
+    write_tiny("para_crawl", "enfr", "1.2.0", features, rows, tmp_path)
+    corpus = corpora.translation("para_crawl/enfr", tmp_path)
+    hashed = corpora.by_hash([(text, text.upper()) for text in texts], "")
+    parts = [sorted(part.source) for part in corpus[:3]]
+    wanted = [sorted(part.source) for part in hashed[:3]]
+    assert all(wanted)
+    assert parts == ([*wanted[:2], ["its own"]] if own else wanted)
+    assert ("test: its own" in corpus.note) == bool(own)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_dialogues_by_name(tmp_path):
     import numpy as np
     import tensorflow_datasets as tfds

@@ -110,6 +110,23 @@ def test_greedy_against_an_uncached_reference(params):
     assert not np.asarray(found[-1]).any()  # a row that only fills the batch
 
 
+def test_a_step_with_the_cache_is_a_position_of_the_whole(params):
+    tokens = [3, 5, 2, 4]
+    memory = MODEL.apply(params, jnp.array(SOURCES), method=MODEL.encode)
+
+    @jax.jit
+    def step(token, position, cache):
+        tokens = jnp.full(len(SOURCES), token)
+        return MODEL.apply(params, tokens, position, memory, cache, method=MODEL.next_token)
+
+    cache = MODEL.empty_cache(len(SOURCES), 7, jnp.float32)  # two slots are never filled
+    for position, token in enumerate([EOS, *tokens]):
+        found, cache = step(token, position, cache)
+        for row, source in zip(found, SOURCES, strict=True):
+            whole = logits(params, [t for t in source if t != PAD], [*tokens, EOS])
+            np.testing.assert_allclose(row, whole[position], atol=2e-5)
+
+
 def all_hypotheses(params, source, length):
     """(log probability, tokens) of every hypothesis that ends, one by one."""
     found = []

@@ -297,6 +297,7 @@ def _dense_only(console, bench, seed, out, deadline):
         "settings": bench.settings._asdict(),
         "parameters": size,
         **_numbers(scores),
+        "signatures": experiment.signatures(),
         "dense_seconds": seconds,
         **hardware(),
     }

@@ -110,6 +110,8 @@ def tsv(path: Path) -> Corpus:
 def translation(name: str, data_dir: str | Path | None = None, source: str | None = None) -> Corpus:
     """A tensorflow-datasets set with a pair of languages, in its own splits.
 
+    Where it has no validation or no test split, training pairs are taken for it, by a hash.
+
     Args:
       name: such as ``"wmt14_translate/de-en"`` or ``"ted_hrlr_translate/pt_to_en"``.
       data_dir: where tensorflow-datasets keeps its data, None for its own default.
@@ -137,13 +139,13 @@ def translation(name: str, data_dir: str | Path | None = None, source: str | Non
     def pairs(split: str) -> Pairs:
         return _pairs((_text(row[first]), _text(row[second])) for row in rows(builder, split))
 
-    return Corpus(
-        pairs("train"),
-        pairs("validation"),
-        pairs("test"),
-        f"{name}, {first} to {second}",
-        "the set's own splits",
-    )
+    title, own = f"{name}, {first} to {second}", "the set's own splits"
+    parts = {split: pairs(split) for split in ("validation", "test") if split in builder.info.splits}
+    if len(parts) == 2:
+        return Corpus(pairs("train"), parts["validation"], parts["test"], title, own)
+    corpus = by_hash(zip(*pairs("train"), strict=True), title)
+    note = f"of the set's training split {corpus.note}"
+    return corpus._replace(note="; ".join([*[f"{split}: its own" for split in parts], note]), **parts)
 
 
 def chatterbot() -> Corpus:
