@@ -35,7 +35,7 @@ def load(name: str, data_dir: str | Path | None = None, validation: int | None =
     Args:
       name: ``"digits"``, or a tensorflow-datasets name with ``image`` and ``label``.
       data_dir: where tensorflow-datasets keeps its data, None for its own default; or a file that
-        ``examples.pack`` wrote.
+        ``examples.pack`` wrote, or the folder of several, each called as its set: ``mnist.npz``.
       validation: images of the training set held out; by default 5,000, of the digits 600.
 
     Returns:
@@ -49,8 +49,8 @@ def load(name: str, data_dir: str | Path | None = None, validation: int | None =
         images, labels, test_images, test_labels = _digits()
         title = name
         validation = 600 if validation is None else validation
-    elif data_dir is not None and Path(data_dir).suffix == ".npz":
-        images, labels, test_images, test_labels, title = _packed(Path(data_dir), name)
+    elif (file := _file_of(name, data_dir)) is not None:
+        images, labels, test_images, test_labels, title = _packed(file, name)
         validation = 5000 if validation is None else validation
     else:
         images, labels, title = _tfds(name, "train", data_dir)
@@ -167,6 +167,17 @@ def table_name(name: str, file: bytes) -> str:
     """CIFAR is kept in PNG; of a copy in JPEG a table should say so."""
     copy = name.startswith("cifar") and file.startswith(b"\xff\xd8")
     return name + (", JPEG copy" if copy else "")
+
+
+def _file_of(name: str, data_dir: str | Path | None) -> Path | None:
+    """The packed file of a set, where there is one."""
+    if data_dir is None:
+        return None
+    path = Path(data_dir)
+    if path.suffix == ".npz":
+        return path
+    within = path / f"{name.replace('/', '-')}.npz"
+    return within if within.exists() else None
 
 
 def _packed(path: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:

@@ -1,15 +1,20 @@
 """Pictures of what the loop did."""
 
+import itertools
 import re
 from typing import Any
 
 import jax
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 import sparsereg_jax as sj
 
 Records = dict[str, list[dict[str, Any]]]  # by method, a record a seed
+
+MAIN = ("default", "paper", "l2", "none")  # these stand out
+MARKERS = "s^vDP*X<>hpd8"
 
 
 def report(
@@ -88,9 +93,9 @@ def comparison(records: Records, masks: dict[str, Any]) -> Figure:
       masks: by method, the kept weights of one network; may be empty.
 
     Returns:
-      Compression against test error, where bands reach from the lowest to the highest seed, points
-      are the runs' ends and diamonds networks tuned at levels of sparsity; the share kept in each
-      layer; maps of the first layer's weights.
+      Compression against test error, where bands (of the four main methods) reach from the lowest
+      to the highest seed, points are the runs' ends and diamonds networks tuned at levels of
+      sparsity; the share kept in each layer; maps of the first layer's weights.
     """
     first = next(iter(records.values()))[0]
     rows = 2 if masks else 1
@@ -98,7 +103,7 @@ def comparison(records: Records, masks: dict[str, Any]) -> Figure:
     figure.suptitle(f"{first['settings']['network']}, {first['data']}")
     places = figure.add_gridspec(rows, 1, height_ratios=(1.6, 1)[:rows])
     above = places[0].subgridspec(1, 2, width_ratios=(1.5, 1))
-    colors = {method: f"C{i % 10}" for i, method in enumerate(records)}
+    colors = _colors(list(records))
     _tradeoff(figure.add_subplot(above[0]), records, colors)
     _layers(figure.add_subplot(above[1]), records, colors)
     if masks:
@@ -112,24 +117,43 @@ def comparison(records: Records, masks: dict[str, Any]) -> Figure:
     return figure
 
 
+def _colors(methods):
+    """Strong ones for the main methods, pale ones for the others."""
+    others = [method for method in methods if method not in MAIN]
+    pale = [*range(9, 20, 2), 16, 12, 18, 8, 10]  # of tab20
+    chosen = {
+        method: matplotlib.colormaps["tab20"](k) for method, k in zip(others, itertools.cycle(pale))
+    }
+    return chosen | {method: f"C{i}" for i, method in enumerate(MAIN)}
+
+
 def _tradeoff(axes, records, colors):
     all_runs = [run for runs in records.values() for run in runs]
     dense = np.mean([run["dense_test_error"] for run in all_runs])
     axes.axhline(dense, color="0.6", linewidth=1, label="dense")
-    ends, lowest = [], dense
-    for i, (method, runs) in enumerate(records.items()):
-        color, marker = colors[method], "o" if i < 10 else "s"
+    ends, lowest, markers = [], dense, itertools.cycle(MARKERS)
+    for method, runs in records.items():
+        main = method in MAIN
+        color, marker = colors[method], "o" if main else next(markers)
         found = [_curve_of(run) for run in runs]
         curves = [curve for curve in found if curve is not None]
         if curves:
             least = max(curve[0][0] for curve in curves)
             grid = np.geomspace(least, min(curve[0][-1] for curve in curves), 200)
             errors = np.array([np.interp(np.log(grid), np.log(x), y) for x, y in curves])
-            axes.plot(grid, errors.mean(0), color=color, linewidth=1.4)
+            axes.plot(grid, errors.mean(0), color=color, linewidth=1.6 if main else 0.9)
             lowest = min(lowest, errors.mean(0).min())
-            axes.fill_between(grid, errors.min(0), errors.max(0), color=color, alpha=0.15)
+            if main:
+                axes.fill_between(grid, errors.min(0), errors.max(0), color=color, alpha=0.15)
         points = [(1 / (1 - run["sparsity"]), run["test_error"]) for run in runs]
-        axes.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=method)
+        axes.plot(
+            *zip(*points, strict=True),
+            marker,
+            color=color,
+            markersize=5,
+            label=method,
+            linestyle="",
+        )
         ends += points
         tuned = [run["tuned"] for run in runs if "tuned" in run]
         shared = sorted(set.intersection(*map(set, tuned)), key=float) if tuned else []
@@ -139,6 +163,8 @@ def _tradeoff(axes, records, colors):
             axes.plot(*zip(*diamonds, strict=True), "D:", color=color, markersize=4)
             ends += diamonds
     _logarithmic(axes, "x")
+    if min(x for x, _ in ends) > 10:  # what all methods do well is left out
+        axes.set_xlim(left=0.9 * 10)
     axes.set_xlabel("compression: all parameters / kept parameters")
     tuning = ", diamonds: tuned there" if any(run.get("tuned") for run in all_runs) else ""
     axes.set_ylabel(f"test error, % (curves: before tuning{tuning})")
@@ -157,7 +183,7 @@ def _curve_of(run):
 
 
 def _layers(axes, records, colors):
-    shown = [method for method in ("default", "paper", "l2", "none") if method in records]
+    shown = [method for method in MAIN if method in records]
     shown = shown or list(records)[:4]
 
     def kept(run):

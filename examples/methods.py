@@ -198,17 +198,17 @@ METHODS = {
         penalty(sj.exponential_irrelevance),
     ),
     "preset-l2": Method(
-        "the preset with I ≡ 1 (L2, coupled)",
+        "the same with I ≡ 1 (L2, coupled)",
         (1e-3,),  # the preset's
         penalty(sj.constant_irrelevance),
     ),
     "gate": Method(
-        "the preset's loop, gate, gamma chosen",
+        "the preset's loop and gate",
         GAMMAS,
         penalty(sj.exponential_irrelevance),
     ),
     "l2": Method(
-        "the preset's loop, I ≡ 1 (L2, coupled), gamma chosen",
+        "the preset's loop, I ≡ 1 (L2, coupled)",
         GAMMAS,
         penalty(sj.constant_irrelevance),
     ),

@@ -57,7 +57,7 @@ def made(folder: Path) -> dict[str, str]:
         found[f"{experiment} on the way"] = tables.on_the_way(
             records, tables.ACCURACIES[experiment]
         )
-        found[f"{experiment} paired"] = tables.comparison(records, tables.LEVELS)
+        found[f"{experiment} paired"] = tables.comparisons(records, tables.LEVELS)
         lines = search.read(folder / f"ablations-{experiment}.jsonl")
         variants = ablations.VARIANTS[experiment]
         found[f"{experiment} ablations"] = ablations.table(variants, lines, records["default"])

@@ -31,6 +31,8 @@ ACCURACIES = {
 }
 
 LEVELS = (0.95, 0.97, 0.98, 0.99, 0.995)  # sparsities at which the gate is compared with I = 1
+# Pairs that differ by the gate alone.
+PAIRS = (("paper", "preset-l2"), ("gate", "l2"), ("paper", "l2"))
 
 
 def read(folder: Path, experiment: str) -> Records:
@@ -161,19 +163,29 @@ def at_levels(records: Records) -> str:
     return "\n".join(lines)
 
 
-def comparison(records: Records, levels: Sequence[float]) -> str:
-    """The gate against I = 1, in the paper's loop, paired by seed."""
-    ours = "gate" if "gate" in records else "paper"
-    if not {ours, "l2"} <= records.keys():
-        return "The gate and I ≡ 1 have not both been run."
-    seeds = sorted({run["seed"] for run in records[ours]} & {run["seed"] for run in records["l2"]})
+def comparisons(records: Records, levels: Sequence[float]) -> str:
+    """The gate against I = 1 in the paper's loop, at each gamma that both were run with."""
+    return "\n\n".join(
+        comparison(records, levels, *pair)
+        for pair in PAIRS
+        if set(pair) <= records.keys()
+        and records[pair[0]][0]["strength"] == records[pair[1]][0]["strength"]
+    )
+
+
+def comparison(records: Records, levels: Sequence[float], ours: str, theirs: str) -> str:
+    """The gate against I = 1, paired by seed."""
+    seeds = sorted(
+        {run["seed"] for run in records[ours]} & {run["seed"] for run in records[theirs]}
+    )
     if len(seeds) < 2:
-        return "The gate and I ≡ 1 have fewer than two seeds in common."
+        return f"{ours} and {theirs} have fewer than two seeds in common."
     gate, flat = (
-        [run for run in records[method] if run["seed"] in seeds] for method in (ours, "l2")
+        [run for run in records[method] if run["seed"] in seeds] for method in (ours, theirs)
     )
     lines = [
-        f"Gate minus I ≡ 1, paired over {len(seeds)} seeds: mean ± 95 %, p of a row alone",
+        f"`{ours}` minus `{theirs}`, gamma {gate[0]['strength']:g}, paired over {len(seeds)} seeds:"
+        " mean ± 95 %, p of a row alone",
         "",
         "| | difference | p |",
         "|---|---:|---:|",
@@ -215,7 +227,7 @@ def _masks(folder: Path, experiment: str, methods: Sequence[str]) -> dict[str, A
     paths = {
         method: folder / "networks" / f"{experiment}-{method}-seed0.safetensors"
         for method in methods
-        if method in ("default", "paper", "l2", "none")
+        if method in figures.MAIN
     }
     return {
         method: jax.tree.map(lambda leaf: leaf != 0, sj.load_sparse(path)[0])
@@ -242,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(on_the_way(records, accuracies), end="\n\n")
         if tuned := at_levels(records):
             print(tuned, end="\n\n")
-        print(comparison(records, LEVELS))
+        print(comparisons(records, LEVELS))
         figure = figures.comparison(records, _masks(options.results, experiment, list(records)))
         figure.savefig(options.results / f"{experiment}.png")
 

@@ -212,7 +212,7 @@ def test_translations_by_name(name, config, languages, source, tmp_path):
 def test_a_translation_without_splits_for_all(own, tmp_path):
     import tensorflow_datasets as tfds
 
-    words = "open close save print find move copy cut".split()
+    words = ["open", "close", "save", "print", "find", "move", "copy", "cut"]
     texts = [f"{a} the {b} {c}" for a in words for b in words for c in ("file", "page")]
     rows = {"train": [{"en": text, "fr": text.upper()} for text in texts]}
     rows |= {split: [{"en": "its own", "fr": "LE SIEN"}] for split in own}

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -296,8 +297,8 @@ def test_what_cannot_be_shown_or_run_is_said(tmp_path, capsys):
     alone = {
         method: [record(method, seed, 0.9, 2.0, [])] for seed, method in enumerate(["paper", "l2"])
     }
-    assert tables.comparison(alone, (0.95,)) == (
-        "The gate and I ≡ 1 have fewer than two seeds in common."
+    assert tables.comparison(alone, (0.95,), "paper", "l2") == (
+        "paper and l2 have fewer than two seeds in common."
     )
 
 
@@ -396,7 +397,7 @@ def test_the_choice_is_the_sparsest_within_a_standard_error():
 
 def test_runs_of_everything():
     runs = reproduce.runs(five_seeds=False)
-    assert len(runs) == len(set(runs)) == 5 * 5 + 8 * 2 + 2 * 5 * 3
+    assert len(runs) == len(set(runs)) == 7 * 5 + 8 * 2 + 2 * 6 * 3
     assert [seed for *_, seed in runs] == sorted(seed for *_, seed in runs)
     assert {method for name, method, _ in runs if name == "lenet300-mnist"} == set(METHODS) - {
         "longer"
@@ -506,6 +507,7 @@ def record(method, seed, sparsity, wrong, curve):
     return {
         "kept": 1000 * (1 - sparsity),
         "method": method,
+        "strength": 1e-3,
         "seed": seed,
         "sparsity": sparsity,
         "test_error": wrong,
@@ -577,16 +579,18 @@ def test_numbers_of_the_tables():
         ],
         "l2": [record("l2", s, 0.98, 2.0, [[0.9, 0.98, 1.0], [0.99, 0.97, 1.5]]) for s in (1, 0)],
     }
-    text = tables.comparison(runs, (0.95, 0.995))
+    text = tables.comparisons(runs, (0.95, 0.995))
     assert "sparsity, points | +1.00 ± 0.00" in text
     assert f"logarithms) | {100 * np.log(0.5):+.2f} ± 0.00" in text
     assert "at 95 % sparsity (2 of 2 pairs reach it): test error, points | +0.50 ± 0.00" in text
     assert "99.5 %" not in text
+    others = [run | {"strength": 1e-4} for run in runs["l2"]]
+    assert tables.comparisons(runs | {"l2": others}, (0.95,)) == ""  # more than the gate differs
 
 
 @pytest.mark.slow
 def test_tables_and_figures_from_records(tmp_path, capsys):
-    run(tmp_path, "--method", "paper", "l2", "--seed", "0", "1")
+    run(tmp_path, "--method", "paper", "preset-l2", "--seed", "0", "1")
     tables.main(["--results", str(tmp_path)])
     shown = capsys.readouterr().out
     assert "## lenet300, digits" in shown
@@ -700,13 +704,14 @@ def test_packed_data_are_the_same(tmp_path):
     write_tiny("cifar10", "3.0.2", (32, 32, 3), tmp_path)
     for name in ("mnist", "cifar10"):
         pack.main([name, "--data-dir", str(tmp_path), str(tmp_path / "file.npz")])
-        there = data.load(name, tmp_path / "file.npz", validation=10)
-        for one, other in zip(
-            jax.tree.leaves(data.load(name, tmp_path, validation=10)),
-            jax.tree.leaves(there),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(one, other)
+        among_others = tmp_path / "packed"
+        among_others.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "file.npz", among_others / f"{name}.npz")
+        wanted = jax.tree.leaves(data.load(name, tmp_path, validation=10))
+        for place in (tmp_path / "file.npz", among_others):
+            there = jax.tree.leaves(data.load(name, place, validation=10))
+            for one, other in zip(wanted, there, strict=True):
+                np.testing.assert_array_equal(one, other)
     with pytest.raises(ValueError, match=r"file\.npz holds 'cifar10', not 'mnist'"):
         data.load("mnist", tmp_path / "file.npz")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))

@@ -140,12 +140,20 @@ def translation(name: str, data_dir: str | Path | None = None, source: str | Non
         return _pairs((_text(row[first]), _text(row[second])) for row in rows(builder, split))
 
     title, own = f"{name}, {first} to {second}", "the set's own splits"
-    parts = {split: pairs(split) for split in ("validation", "test") if split in builder.info.splits}
+    parts = {
+        split: pairs(split) for split in ("validation", "test") if split in builder.info.splits
+    }
     if len(parts) == 2:
         return Corpus(pairs("train"), parts["validation"], parts["test"], title, own)
-    corpus = by_hash(zip(*pairs("train"), strict=True), title)
-    note = f"of the set's training split {corpus.note}"
-    return corpus._replace(note="; ".join([*[f"{split}: its own" for split in parts], note]), **parts)
+    hashed = by_hash(zip(*pairs("train"), strict=True), title)
+    note = "; ".join([*[f"{split}: its own" for split in parts], f"of training, {hashed.note}"])
+    return Corpus(
+        hashed.train,
+        parts.get("validation", hashed.validation),
+        parts.get("test", hashed.test),
+        title,
+        note,
+    )
 
 
 def chatterbot() -> Corpus:
