@@ -149,6 +149,16 @@ LENET300 = {
         DEFAULT._replace(optimizer=lambda lr, rate, n: optax.adamw(lr, weight_decay=rate)),
         (0.03, 0.1),
     ),
+    "selective_adamw as it comes": Variant(
+        DEFAULT._replace(optimizer=lambda lr, rate, n: sj.selective_adamw(lr, strength=rate)),
+        (0.1,),
+    ),
+    "selective_sgdw as it comes, momentum 0.9": Variant(
+        DEFAULT._replace(
+            optimizer=lambda lr, rate, n: sj.selective_sgdw(20 * lr, 0.9, strength=rate)
+        ),
+        (3e-3,),
+    ),
     "SGD, momentum 0.9": momentum(flat, 1.0, (2.5e-4, 5e-4, 1e-3)),
     "SGD, momentum 0.9, gate, alpha 3e-3": momentum(gate, 3e-3, (5e-4, 1.5e-3, 5e-3)),
     "checks twice as often": Variant(settings={"interval": 125}),
