@@ -495,6 +495,16 @@ def test_variants_of_lenet5_change_the_experiment():
     assert places[:, 1:3].max(0).tolist() == [5, 5]
 
 
+def test_a_multiple_of_a_rate_and_of_a_schedule():
+    for rate, wanted in ((0.1, [-0.2, -0.2]), (lambda step: 0.1 * (step + 1), [-0.2, -0.4])):
+        tx = ablations.at_rate(2.0, optax.sgd)(rate)
+        state, found = tx.init(jnp.zeros(())), []
+        for _ in range(2):
+            update, state = tx.update(jnp.ones(()), state)
+            found.append(float(update))
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_nnx():
     sparsity, accuracy = nnx_digits.main(dense_epochs=2, checks=3, bound=0.1)
