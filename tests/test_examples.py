@@ -495,6 +495,19 @@ def test_variants_of_lenet5_change_the_experiment():
     assert places[:, 1:3].max(0).tolist() == [5, 5]
 
 
+def test_a_checkpoint_of_resnet32_is_small():
+    shapes = jax.eval_shape(models.ResNet32().init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
+    tx = sj.hold_zeros(METHODS["paper"].optimizer(1e-3, 1e-3, 351))
+    statistics = {"batch_stats": shapes["batch_stats"]}
+    record = jax.eval_shape(
+        lambda params, state: trainer.start(params, tx, 45_000, 0, state),
+        {"params": shapes["params"]},
+        statistics,
+    )
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(record))
+    assert 3 * 4 * 464_154 < size < 8 * 2**20  # the present one and the good one: 16 MiB
+
+
 def test_a_multiple_of_a_rate_and_of_a_schedule():
     for rate, wanted in ((0.1, [-0.2, -0.2]), (lambda step: 0.1 * (step + 1), [-0.2, -0.4])):
         tx = ablations.at_rate(2.0, optax.sgd)(rate)
