@@ -57,6 +57,9 @@ def made(folder: Path) -> dict[str, str]:
         found[f"{experiment} on the way"] = tables.on_the_way(
             records, tables.ACCURACIES[experiment]
         )
+        found[f"{experiment} at equal sparsity"] = tables.at_equal_sparsity(
+            records, tables.SPARSITIES
+        )
         found[f"{experiment} paired"] = tables.comparisons(records, tables.LEVELS)
         lines = search.read(folder / f"ablations-{experiment}.jsonl")
         variants = ablations.VARIANTS[experiment]

@@ -30,6 +30,7 @@ ACCURACIES = {
     "lenet5-fashion_mnist": (0.91, 0.905),
 }
 
+SPARSITIES = (0.9, 0.95, 0.97, 0.98, 0.99)  # of the table of errors at equal sparsity
 LEVELS = (0.95, 0.97, 0.98, 0.99, 0.995)  # sparsities at which the gate is compared with I = 1
 # Pairs that differ by the gate alone.
 PAIRS = (("paper", "preset-l2"), ("gate", "l2"), ("paper", "l2"))
@@ -131,6 +132,24 @@ def on_the_way(records: Records, accuracies: Sequence[float]) -> str:
             cells.append(f"{100 * sparsity:.2f} @ {wrong:.2f}{few}")
         if any(cell != "-" for cell in cells):
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def at_equal_sparsity(records: Records, levels: Sequence[float]) -> str:
+    """Test errors on the curves, before tuning: a row a method that has one, in Markdown."""
+    lines = [
+        "| test error, % | seeds | dense | " + " | ".join(f"{100 * s:g} %" for s in levels) + " |",
+        "|---|---:" + "|---:" * (1 + len(levels)) + "|",
+    ]
+    for method, runs in records.items():
+        cells = []
+        for level in levels:
+            found = [error for run in runs if np.isfinite(error := at_sparsity(run, level))]
+            few = f" ({len(found)} runs)" if len(found) < len(runs) else ""
+            cells.append(_pm(found) + few if found else "-")
+        dense = f"{np.mean([run['dense_test_error'] for run in runs]):.2f}"
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {method} | {len(runs)} | {dense} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -252,6 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(records), end="\n\n")
         if accuracies := ACCURACIES.get(experiment):
             print(on_the_way(records, accuracies), end="\n\n")
+        print(at_equal_sparsity(records, SPARSITIES), end="\n\n")
         if tuned := at_levels(records):
             print(tuned, end="\n\n")
         print(comparisons(records, LEVELS))

@@ -538,6 +538,18 @@ def record(method, seed, sparsity, wrong, curve):
     }
 
 
+def test_errors_at_equal_sparsity():
+    curves = [[[0.9, 0.98, 1.5], [0.99, 0.97, 2.5]], [[0.9, 0.98, 2.0], [0.95, 0.98, 2.0]]]
+    runs = [
+        record("l2", s, 0.99, 2.0, c) | {"dense_test_error": 1.0 + s} for s, c in enumerate(curves)
+    ]
+    found = {"l2": runs, "snip": [record("snip", 0, 0.9, 4, []) | {"dense_test_error": 1.0}]}
+    wanted = 1.5 + np.log(0.1 / 0.03) / np.log(10)  # at 97 %, of the first run alone
+    half = 12.706205 * 0.25  # of 1.5 and 2.0: their standard error, times Student's quantile
+    rows = tables.at_equal_sparsity(found, (0.9, 0.97, 0.995)).splitlines()
+    assert rows[2:] == [f"| l2 | 2 | 1.50 | 1.75 ± {half:.2f} | {wanted:.2f} (1 runs) | - |"]
+
+
 def test_sparsest_networks_at_an_accuracy():
     curves = (
         [[0.0, 0.99, 1.0], [0.5, 0.98, 2.0], [0.8, 0.985, 3.0], [0.9, 0.97, 4.0]],
