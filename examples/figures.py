@@ -13,7 +13,7 @@ import sparsereg_jax as sj
 
 Records = dict[str, list[dict[str, Any]]]  # by method, a record a seed
 
-MAIN = ("default", "paper", "l2", "none")  # these stand out
+MAIN = ("default", "ready-made", "paper", "l2", "none")  # these stand out
 MARKERS = "s^vDP*X<>hpd8"
 
 
@@ -93,7 +93,7 @@ def comparison(records: Records, masks: dict[str, Any]) -> Figure:
       masks: by method, the kept weights of one network; may be empty.
 
     Returns:
-      Compression against test error, where bands (of the four main methods) reach from the lowest
+      Compression against test error, where bands (of the main methods) reach from the lowest
       to the highest seed, points are the runs' ends and diamonds networks tuned at levels of
       sparsity; the share kept in each layer; maps of the first layer's weights.
     """
@@ -120,7 +120,7 @@ def comparison(records: Records, masks: dict[str, Any]) -> Figure:
 def _colors(methods):
     """Strong ones for the main methods, pale ones for the others."""
     others = [method for method in methods if method not in MAIN]
-    pale = [*range(9, 20, 2), 16, 12, 18, 8, 10]  # of tab20
+    pale = [*range(9, 20, 2), 16, 12, 18, 10, 14]  # of tab20
     chosen = {
         method: matplotlib.colormaps["tab20"](k) for method, k in zip(others, itertools.cycle(pale))
     }
