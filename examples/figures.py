@@ -146,14 +146,7 @@ def _tradeoff(axes, records, colors):
             if main:
                 axes.fill_between(grid, errors.min(0), errors.max(0), color=color, alpha=0.15)
         points = [(1 / (1 - run["sparsity"]), run["test_error"]) for run in runs]
-        axes.plot(
-            *zip(*points, strict=True),
-            marker,
-            color=color,
-            markersize=5,
-            label=method,
-            linestyle="",
-        )
+        axes.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=method)
         ends += points
         tuned = [run["tuned"] for run in runs if "tuned" in run]
         shared = sorted(set.intersection(*map(set, tuned)), key=float) if tuned else []
@@ -164,7 +157,7 @@ def _tradeoff(axes, records, colors):
             ends += diamonds
     _logarithmic(axes, "x")
     if min(x for x, _ in ends) > 10:  # what all methods do well is left out
-        axes.set_xlim(left=0.9 * 10)
+        axes.set_xlim(left=9)
     axes.set_xlabel("compression: all parameters / kept parameters")
     tuning = ", diamonds: tuned there" if any(run.get("tuned") for run in all_runs) else ""
     axes.set_ylabel(f"test error, % (curves: before tuning{tuning})")
