@@ -230,7 +230,7 @@ def _varies(
         elif name == "div":
             out = out & operands[0].nonzero
         elif name == "select_n" and operands[0].value is not None:
-            chosen = np.broadcast_to(operands[0].value, shapes[0]).astype(int)
+            chosen = _chosen(operands, shapes[0])
             out = which[0] | np.logical_or.reduce(
                 [(chosen == i) & case for i, case in enumerate(which[1:])]
             )
@@ -284,6 +284,15 @@ def _varies(
     return None
 
 
+def _chosen(operands: list[Known], shape: tuple[int, ...]) -> np.ndarray:
+    """The case that a choice takes for each entry, meaningless where its index varies.
+
+    As XLA does, an index beyond the cases is taken to be the nearest.
+    """
+    index = np.broadcast_to(operands[0].value, shape).astype(int)
+    return np.clip(index, 0, len(operands) - 2)
+
+
 def _backward(
     step: Step, operands: list[Known], wanted: list[np.ndarray], avals: list[Any]
 ) -> list[np.ndarray]:
@@ -295,7 +304,7 @@ def _backward(
         if name == "mul":
             each = [want & operands[1].nonzero, want & operands[0].nonzero]
         elif name == "select_n" and operands[0].value is not None:
-            chosen = np.broadcast_to(operands[0].value, want.shape).astype(int)
+            chosen = _chosen(operands, want.shape)
             fixed = ~np.broadcast_to(operands[0].varies, want.shape)
             each = [want] + [want & ~(fixed & (chosen != i)) for i in range(len(operands) - 1)]
         return [_narrow(which, shape) for which, shape in zip(each, shapes, strict=True)]

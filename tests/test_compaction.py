@@ -952,6 +952,21 @@ def test_a_choice_whose_index_is_known_in_part(cases):
     agree(fn, params, small, x + 1)
 
 
+@pytest.mark.parametrize("index", [-1, 5])
+def test_a_choice_beyond_its_cases(index):
+    def fn(params, x):
+        hidden = x @ params["w"]
+        index_of_each = jnp.full(hidden.shape, index)
+        chosen = lax.select_n(index_of_each, hidden, jnp.ones_like(hidden), 2 * hidden)
+        return chosen @ params["out"] + params["bias"][None]
+
+    rng = np.random.default_rng(0)
+    params = {"w": (3, 4), "out": (4, 2), "bias": (2,)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in params.items()}
+    x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+    agree(fn, params, sj.compact(fn, params, x), x + 1)
+
+
 def test_inputs_without_entries_and_widths_of_two_layers():
     with pytest.raises(ValueError, match=r"inputs/0 has no entries, its shape is \(0, 4\)"):
         sj.compact(mlp, mlp_params(), jnp.ones((0, 4)))
