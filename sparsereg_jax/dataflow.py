@@ -289,8 +289,8 @@ def _chosen(operands: list[Known], shape: tuple[int, ...]) -> np.ndarray:
 
     As XLA does, an index beyond the cases is taken to be the nearest.
     """
-    index = np.broadcast_to(operands[0].value, shape).astype(int)
-    return np.clip(index, 0, len(operands) - 2)
+    index = np.asarray(operands[0].value).astype(int)
+    return np.broadcast_to(np.clip(index, 0, len(operands) - 2), shape)
 
 
 def _backward(
