@@ -2,11 +2,14 @@ r"""Each method's own strength, chosen on validation images at a third of the bu
 
     python -m examples.search lenet300-mnist --data-dir DIR --epochs 86
     python -m examples.search lenet300-mnist --data-dir DIR --epochs 86 --method l1
+    python -m examples.search lenet5-mnist --data-dir DIR --method l2
+    python -m examples.search lenet5-mnist --data-dir DIR --method none --strength 0.08 0.12 0.24
 
 Seed 0, six strengths a method. A line a run goes to results/search-EXPERIMENT.jsonl; what is there
 is not run again. The test images are never looked at. LeNet-300-100 takes 30 to 90 seconds a run on
-one of two busy cores. What is printed at the end goes into STRENGTHS in examples/methods.py. The
-paper's preset has one strength; our recipe's was tried at the full budget (examples.ablations).
+one of two busy cores, LeNet-5 three to five minutes. What is printed at the end goes into STRENGTHS
+in examples/methods.py. The paper's preset has one strength; our recipe's was tried at the full
+budget (examples.ablations).
 """
 
 import argparse
@@ -20,6 +23,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from . import experiment
+from .command import check_strength
 from .experiment import EXPERIMENTS, Experiment
 from .methods import METHODS, Method, with_own_bound
 from .sparsify import sparsify
@@ -109,9 +113,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its data")
     parser.add_argument("--method", nargs="+", default=SEARCHED, choices=SEARCHED)
+    parser.add_argument("--strength", nargs="+", type=float, help="for one --method: others")
     parser.add_argument("--epochs", type=int, help="in all (default: a third of the loop's)")
     parser.add_argument("--out", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
+    for number in options.strength or ():
+        check_strength(parser, METHODS, options.method, number)
     settings = EXPERIMENTS[options.experiment]
     loop = settings.epochs - settings.dense_epochs
     epochs = settings.dense_epochs + loop // 3 if options.epochs is None else options.epochs
@@ -120,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     bench = experiment.load(settings, options.data_dir)
     for name in options.method:
         own = with_own_bound(settings, name)
-        runs = [(name, strength, 0) for strength in METHODS[name].strengths]
+        runs = [(name, number, 0) for number in options.strength or METHODS[name].strengths]
         explore(bench._replace(settings=own), METHODS, runs, path)
         run = (name, epochs, METHODS[name].version)
         lines = [

@@ -382,6 +382,20 @@ def test_search_runs_what_is_not_there(tmp_path, monkeypatch):
         assert line["sparsity"] == pytest.approx(1 - left, abs=1e-4)
     search.main(["lenet300-digits", "--method", "none", "--out", str(tmp_path)])
     assert search.read(tmp_path / "search-lenet300-digits.jsonl") == lines  # none is run again
+    own = ["--method", "none", "--strength", "0.3", "0.4", "--out", str(tmp_path)]
+    search.main(["lenet300-digits", *own])
+    more = search.read(tmp_path / "search-lenet300-digits.jsonl")[len(lines) :]
+    assert [line["strength"] for line in more] == [0.3, 0.4]
+
+
+def test_a_search_of_strengths_of_ones_own_is_of_one_method(tmp_path, capsys):
+    own = ["--strength", "0.3", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        search.main(["lenet300-digits", *own])
+    assert "give one --method with it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        search.main(["lenet300-digits", "--method", "snip", *own[:1], "2", *own[2:]])
+    assert "a sparsity, in (0, 1)" in capsys.readouterr().err
 
 
 def test_the_choice_is_the_sparsest_within_a_standard_error():
