@@ -32,6 +32,14 @@ METHODS = {
         recovery=0.15,
         version=VERSION,
     ),
+    "ready-made": Method(
+        "`selective_adam` as it comes (the gate, constant strength), going back",
+        (2e-4,),  # the default's
+        penalty(sj.exponential_irrelevance, decaying=False, b1=B1, b2=B2),
+        propose=lambda s, usual, n: sj.fraction_step(usual, floor=1),
+        recovery=0.15,
+        version=VERSION,
+    ),
     "paper": Method(
         "selective shrinkage, the paper's preset",
         (1e-5,),
@@ -62,4 +70,12 @@ METHODS = {
 # L2 has the preset's, so that the two differ by the gate alone. Those of the gate, of L1 and of the
 # default are chosen by validation loss at 72 % sparsity (results/search/translation), where what
 # was tried differs by 0.05 at most.
-STRENGTHS = {"default": 1e-4, "paper": 1e-5, "gate": 1e-4, "l2": 1e-5, "l1": 1e-5, "none": 0.0}
+STRENGTHS = {
+    "default": 1e-4,
+    "ready-made": 2e-4,
+    "paper": 1e-5,
+    "gate": 1e-4,
+    "l2": 1e-5,
+    "l1": 1e-5,
+    "none": 0.0,
+}
