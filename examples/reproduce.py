@@ -23,7 +23,7 @@ from . import checkpoints, command, experiment, tables
 from .experiment import EXPERIMENTS
 from .methods import METHODS, STRENGTHS, with_own_bound
 
-FEW = ("default", "longer", "ready-made", "paper", "l2", "none")
+FEW = ("default", "longer", "larger-first", "ready-made", "paper", "l2", "none")
 SMALL = STRENGTHS["lenet300-mnist"]
 FIVE = ("default", "ready-made", "paper", "preset-l2", "gate", "l2", "none")  # with five seeds
 # Experiment, methods, seeds: on two cores.

@@ -126,31 +126,44 @@ def test_schedule_of_the_loop_counts_updates(accumulate, interval, updates, tmp_
 
 def test_figure_shows_means_bands_and_smaller_networks():
     def record(seed, bleu):
-        points = [{"level": 0.5, "sparsity": 0.52, "bleu": bleu}]
-        points += [{"level": 0.9, "sparsity": 0.9, "bleu": bleu - 10}]
+        points = [{"level": 0.5, "sparsity": 0.52, "bleu": bleu, "loss": 2}]
+        points += [{"level": 0.9, "sparsity": 0.9, "bleu": bleu - 10, "loss": 2 + bleu / 10}]
         shared = {"data": "pairs", "digest": "a", "parameters": 1000, "seed": seed}
         shared["settings"] = {"width": 64, "bfloat16": True, "dense_epochs": 40, "beams": 4}
-        return shared | {"dense": {"bleu": bleu + 5}, "points": points}
+        return shared | {"dense": {"bleu": 4 * bleu - 58, "loss": 1}, "points": points}
 
     def alone(digest, width, parameters, **changed):
         settings = {"width": width, "bfloat16": width == 24, "dense_epochs": 40, "beams": 4}
         settings |= changed
-        return {"digest": digest, "parameters": parameters, "settings": settings, "bleu": width / 2}
+        scores = {"bleu": width / 2, "loss": 3}
+        return {"digest": digest, "parameters": parameters, "settings": settings, **scores}
 
     smaller = [alone("a", 32, 250), alone("a", 24, 200), alone("a", 8, 50), alone("b", 16, 250)]
     # Before these one is too sparse and one of another text; not smaller, trained for less, greedy.
     smaller += [alone("a", 64, 1000), alone("a", 28, 250, dense_epochs=20)]
     smaller += [alone("a", 20, 250, beams=1)]
-    (axes,) = tables.figure({"paper": [record(0, 20), record(1, 24)]}, smaller).axes
-    lines = {line.get_label(): np.transpose(line.get_data()) for line in axes.lines}
-    assert list(lines) == ["dense", "dense, width 32, float32", "dense, width 24", "paper"]
-    np.testing.assert_allclose(lines["dense"][:, 1], 27)
-    np.testing.assert_allclose(lines["dense, width 32, float32"], [[75, 16]])
-    np.testing.assert_allclose(lines["dense, width 24"], [[80, 12]])
-    np.testing.assert_allclose(lines["paper"], [[52, 22], [90, 12]])
-    (band,) = axes.collections
+    # Dense networks of 22 and 38 BLEU, 30 in the mean.
+    methods = {"paper": [record(0, 20), record(1, 24)], "none": [record(1, 22)]}
+    methods["none"][0]["dense"] = methods["paper"][1]["dense"]
+    bleu, loss = tables.figure(methods, smaller).axes
+
+    def drawn(axes):
+        return {line.get_label(): np.transpose(line.get_data()) for line in axes.lines}
+
+    lines = drawn(bleu)
+    paper, none = "paper (seeds 0, 1)", "none (seed 1)"
+    assert list(lines) == ["dense", "dense, width 32, float32", "dense, width 24", paper, none]
+    np.testing.assert_allclose(lines["dense"][:, 1], 0)
+    np.testing.assert_allclose(lines["dense, width 32, float32"], [[75, -14]])
+    np.testing.assert_allclose(lines["dense, width 24"], [[80, -18]])
+    np.testing.assert_allclose(lines[paper], [[52, -8], [90, -18]])
+    np.testing.assert_allclose(lines[none], [[52, -16], [90, -26]])
+    band, _ = bleu.collections
     corners = {tuple(map(float, np.round(corner, 6))) for corner in band.get_paths()[0].vertices}
-    assert corners == {(52, 20), (52, 24), (90, 10), (90, 14)}
+    assert corners == {(52, -14), (52, -2), (90, -24), (90, -12)}
+    lines = drawn(loss)
+    np.testing.assert_allclose(lines["dense, width 24"], [[80, 2]])
+    np.testing.assert_allclose(lines[paper], [[52, 1], [90, 3.2]])
 
 
 @pytest.mark.slow

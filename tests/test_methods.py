@@ -110,6 +110,8 @@ def test_schedules():
     rounds = [1 - 0.1 ** (t / 4) for t in range(1, 5)] + [0.9]
     np.testing.assert_allclose(sparsities("lottery", 0.9, 5), rounds, atol=2.1e-3)
     np.testing.assert_allclose(sparsities("snip", 0.9, 3), [0, 0, 0])
+    larger = [1 - 0.75**t for t in range(1, 12)] + [1 - 0.75**11 * 0.95**t for t in (1, 2)]
+    np.testing.assert_allclose(sparsities("larger-first", 1e-3, 13), larger, atol=2.1e-3)
     np.testing.assert_allclose(
         sparsities("none", 0.1, 3), [1 - 0.9**t for t in (1, 2, 3)], atol=1e-3
     )
@@ -129,7 +131,7 @@ def test_strengths_are_those_that_were_chosen():
     for name, method in METHODS.items():
         presets = ("paper", "preset-l2", "ready-made")
         assert len(set(method.strengths)) >= (1 if name in presets else 6), name
-        if name != "longer":  # a row of LeNet-5
+        if name not in ("longer", "larger-first"):  # rows of LeNet-5
             assert methods.STRENGTHS["lenet300-mnist"][name] in method.strengths, name
     with pytest.raises(ValueError, match=r"none was chosen for 'l1' on lenet5.*'paper'"):
         methods.strength_of("l1", "lenet5", "mnist")

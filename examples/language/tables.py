@@ -174,16 +174,15 @@ def bootstrap(folder: Path, corpus: str, records: Records) -> str:
 
 
 def figure(records: Records, smaller: Sequence[dict[str, Any]] = ()) -> Figure:
-    """Test BLEU against sparsity: a line a method, a band from the lowest to the highest seed.
+    """Test BLEU and test loss against sparsity, less those of the dense network of the same seed.
 
-    Smaller dense networks of the same text, trained and decoded alike but for their width and the
-    precision, stand where a sparse one has as many weights left, as far as the sparsest one goes.
+    A line a method, a band from the lowest to the highest seed; so methods with different seeds can
+    be compared. Smaller dense networks of the same text, trained and decoded alike but for their
+    width and the precision, stand where a sparse one has as many weights left, as far as the
+    sparsest one goes; they are compared with the mean of the dense networks.
     """
     first = next(iter(records.values()))[0]
-    picture = Figure(figsize=(8, 5), layout="constrained", dpi=110)
-    axes = picture.subplots()
-    dense = np.mean([each["bleu"] for each in _dense(records)])
-    axes.axhline(dense, color="0.6", linewidth=1, label="dense")
+    picture = Figure(figsize=(11, 5), layout="constrained", dpi=110)
     furthest = max(
         (p["sparsity"] for runs in records.values() for run in runs for p in run["points"]),
         default=0.0,
@@ -195,27 +194,42 @@ def figure(records: Records, smaller: Sequence[dict[str, Any]] = ()) -> Figure:
         and all(each["settings"].get(name) == first["settings"].get(name) for name in DENSE)
         and 0 < (sparsity := 1 - each["parameters"] / first["parameters"]) <= furthest
     ]
-    for (sparsity, each), marker in zip(shown, itertools.cycle("x+1")):
-        label = f"dense, width {each['settings']['width']}"
-        if each["settings"]["bfloat16"] != first["settings"]["bfloat16"]:
-            label += ", bfloat16" if each["settings"]["bfloat16"] else ", float32"
-        axes.plot(sparsity, each["bleu"], "k" + marker, label=label)
-    for i, (method, runs) in enumerate(records.items()):
-        found = []
-        for level in LEVELS:
-            if points := _points(runs, level):
-                values = [point["bleu"] for point in points]
-                sparsity = np.mean([point["sparsity"] for point in points])
-                found.append((100 * sparsity, np.mean(values), min(values), max(values)))
-        if found:
-            sparsity, mean, lowest, highest = np.array(found).T
-            axes.plot(sparsity, mean, "o-", color=f"C{i}", markersize=4, label=method)
-            axes.fill_between(sparsity, lowest, highest, color=f"C{i}", alpha=0.15)
-    axes.set_xlabel("sparsity: parameters that are zero, %")
-    axes.set_ylabel("test BLEU (intl), beam search, after tuning")
-    axes.set_title(first["data"])
-    axes.legend(frameon=False)
+    seeds = {tuple(run["seed"] for run in runs) for runs in records.values()}
+    panels = {"bleu": "test BLEU", "loss": "test loss, nats a token"}
+    for axes, (metric, title) in zip(picture.subplots(1, len(panels)), panels.items(), strict=True):
+        axes.axhline(0, color="0.6", linewidth=1, label="dense")
+        dense = np.mean([each[metric] for each in _dense(records)])
+        for (sparsity, each), marker in zip(shown, itertools.cycle("x+1")):
+            label = f"dense, width {each['settings']['width']}"
+            if each["settings"]["bfloat16"] != first["settings"]["bfloat16"]:
+                label += ", bfloat16" if each["settings"]["bfloat16"] else ", float32"
+            axes.plot(sparsity, each[metric] - dense, "k" + marker, label=label)
+        for i, (method, runs) in enumerate(records.items()):
+            if curve := _curve(runs, metric):
+                sparsity, mean, lowest, highest = np.array(curve).T
+                of = ", ".join(str(run["seed"]) for run in runs)
+                label = f"{method} (seed{'s'[: len(runs) > 1]} {of})" if len(seeds) > 1 else method
+                axes.plot(sparsity, mean, "o-", color=f"C{i}", markersize=4, label=label)
+                axes.fill_between(sparsity, lowest, highest, color=f"C{i}", alpha=0.12)
+        axes.set_xlabel("sparsity: parameters that are zero, %")
+        axes.set_ylabel(f"{title}, less the dense network's")
+    picture.axes[0].legend(frameon=False)
+    picture.suptitle(f"{first['data']}: beam search, after tuning")
     return picture
+
+
+def _curve(runs, metric):
+    """By level: sparsity, and mean, least and largest difference from the dense networks."""
+    found = []
+    for level in LEVELS:
+        points = [
+            (run, point) for run in runs for point in run["points"] if point["level"] == level
+        ]
+        if points:
+            values = [point[metric] - run["dense"][metric] for run, point in points]
+            sparsity = np.mean([point["sparsity"] for _, point in points])
+            found.append((100 * sparsity, np.mean(values), min(values), max(values)))
+    return found
 
 
 def _compared(outputs, base, others, references):
