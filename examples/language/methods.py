@@ -67,9 +67,9 @@ METHODS = {
     "none": Method("no regularizer, in the preset's loop", (0.0,), plain_adam, version=VERSION),
 }
 
-# L2 has the preset's, so that the two differ by the gate alone. Those of the gate, of L1 and of the
-# default are chosen by validation loss at 72 % sparsity (results/search/translation), where what
-# was tried differs by 0.05 at most.
+# L2 has the preset's, so that the two differ by the gate alone; ready-made has the default of
+# selective_adam. Those of the gate, of L1 and of the default are chosen by validation loss at 72 %
+# sparsity (results/search/translation), where what was tried differs by 0.05 at most.
 STRENGTHS = {
     "default": 1e-4,
     "ready-made": 2e-4,
