@@ -81,7 +81,7 @@ def _kept_inputs(axes, mask, example):
     image = axes.imshow(kept, cmap="Blues", vmin=0)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel(f"first layer: weights kept at {where}")
+    axes.set_xlabel(f"first layer: weights kept\nat {where}")
     axes.figure.colorbar(image, ax=axes, shrink=0.85)
 
 
