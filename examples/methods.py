@@ -18,6 +18,8 @@ from .experiment import USUAL, Settings
 
 Propose = Callable[[sj.Situation], sj.Proposal]
 
+LARGER = 1.25  # the step of our recipe, which goes back, in units of the preset's
+
 
 class Method(NamedTuple):
     """A row of the table."""
@@ -103,7 +105,7 @@ def larger_first(first: float, until: float):
 
     def make(strength, usual, checks):
         del strength, checks
-        large, small = (sj.fraction_step(share, floor=1) for share in (first, 1.25 * usual))
+        large, small = (sj.fraction_step(share, floor=1) for share in (first, LARGER * usual))
 
         def propose(situation: sj.Situation) -> sj.Proposal:
             return (large if sj.sparsity(situation.pruning_mask) < until else small)(situation)
@@ -192,7 +194,7 @@ RECIPE = Method(
     "our recipe: I ≡ 1 (L2, coupled), labels smoothed, going back, tuned",
     GAMMAS,
     penalty(sj.constant_irrelevance),
-    propose=lambda s, usual, n: sj.fraction_step(1.25 * usual, floor=1),
+    propose=lambda s, usual, n: sj.fraction_step(LARGER * usual, floor=1),
     recovery=0.085,
     smoothing=0.2,
     tune=0.1,

@@ -10,6 +10,7 @@ import shlex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import sacrebleu
 import tensorflow_datasets as tfds
@@ -18,7 +19,7 @@ import sparsereg_jax as sj
 from examples import dialogue, translation, wmt14
 from examples.language import command, corpora, experiment, samples, sparsify, tables, write
 from examples.language.corpora import Pairs
-from examples.language.methods import METHODS
+from examples.language.methods import METHODS, STRENGTHS
 from examples.language.transformer import Transformer
 
 from .test_corpora import write_taskmaster, write_tiny
@@ -124,6 +125,21 @@ def test_schedule_of_the_loop_counts_updates(accumulate, interval, updates, tmp_
         sparsify.sparsify(bench, METHODS["none"], 0.0, 0, tmp_path / "run")
 
 
+def test_selective_adam_as_it_comes_is_that_but_for_the_betas():
+    """Three updates in a row, the strength as it is: none is restarted, none decays."""
+    random = np.random.default_rng(0)
+    params = {"w": jnp.asarray(random.standard_normal(50), jnp.float32)}
+    ours = METHODS["ready-made"].optimizer(0.1, STRENGTHS["ready-made"], 2)
+    plain = sj.selective_adam(0.1, 0.85, 0.997)
+    state, wanted_state = ours.init(params), plain.init(params)
+    for _ in range(3):
+        gradients = {"w": jnp.asarray(1e-3 * random.standard_normal(50), jnp.float32)}
+        updates, state = ours.update(gradients, state, params)
+        wanted, wanted_state = plain.update(gradients, wanted_state, params)
+        np.testing.assert_array_equal(updates["w"], wanted["w"])
+        params = optax.apply_updates(params, updates)
+
+
 def test_figure_shows_means_bands_and_smaller_networks():
     def record(seed, bleu):
         points = [{"level": 0.5, "sparsity": 0.52, "bleu": bleu, "loss": 2}]
@@ -151,7 +167,7 @@ def test_figure_shows_means_bands_and_smaller_networks():
         return {line.get_label(): np.transpose(line.get_data()) for line in axes.lines}
 
     lines = drawn(bleu)
-    paper, none = "paper (seeds 0, 1)", "none (seed 1)"
+    paper, none = "paper (seed 0, 1)", "none (seed 1)"
     assert list(lines) == ["dense", "dense, width 32, float32", "dense, width 24", paper, none]
     np.testing.assert_allclose(lines["dense"][:, 1], 0)
     np.testing.assert_allclose(lines["dense, width 32, float32"], [[75, -14]])

@@ -62,6 +62,7 @@ def test_coupled_terms_differ_in_the_second_moment():
 
     gated, flat = STRENGTH * W * np.exp(-np.abs(G)), STRENGTH * W
     terms = {"paper": gated, "gate": gated, "l2": flat, "default": flat, "none": 0 * W}
+    terms["ready-made"] = 0.2 * W * np.exp(-np.abs(G))  # 2 gamma, which does not decay
     for name, term in (terms | {"l1": STRENGTH * np.sign(W)}).items():
         np.testing.assert_allclose(moment(name), G + term, rtol=1e-5, atol=1e-7, err_msg=name)
 

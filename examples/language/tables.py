@@ -176,10 +176,11 @@ def bootstrap(folder: Path, corpus: str, records: Records) -> str:
 def figure(records: Records, smaller: Sequence[dict[str, Any]] = ()) -> Figure:
     """Test BLEU and test loss against sparsity, less those of the dense network of the same seed.
 
-    A line a method, a band from the lowest to the highest seed; so methods with different seeds can
-    be compared. Smaller dense networks of the same text, trained and decoded alike but for their
-    width and the precision, stand where a sparse one has as many weights left, as far as the
-    sparsest one goes; they are compared with the mean of the dense networks.
+    A line a method, a band from the lowest to the highest seed; the subtraction takes out what the
+    dense networks of methods with different seeds differ by. Smaller dense networks of the same
+    text, trained and decoded alike but for their width and the precision, stand where a sparse one
+    has as many weights left, as far as the sparsest one goes; they are compared with the mean of
+    the dense networks.
     """
     first = next(iter(records.values()))[0]
     picture = Figure(figsize=(11, 5), layout="constrained", dpi=110)
@@ -208,7 +209,7 @@ def figure(records: Records, smaller: Sequence[dict[str, Any]] = ()) -> Figure:
             if curve := _curve(runs, metric):
                 sparsity, mean, lowest, highest = np.array(curve).T
                 of = ", ".join(str(run["seed"]) for run in runs)
-                label = f"{method} (seed{'s'[: len(runs) > 1]} {of})" if len(seeds) > 1 else method
+                label = f"{method} (seed {of})" if len(seeds) > 1 else method
                 axes.plot(sparsity, mean, "o-", color=f"C{i}", markersize=4, label=label)
                 axes.fill_between(sparsity, lowest, highest, color=f"C{i}", alpha=0.12)
         axes.set_xlabel("sparsity: parameters that are zero, %")
