@@ -8,8 +8,8 @@ Seed 0, six strengths a method. A line a run goes to results/search-EXPERIMENT.j
 is not run again. The test images are never looked at. LeNet-300-100 takes 30 to 90 seconds a run on
 one of two busy cores. What is printed at the end goes into STRENGTHS in examples/methods.py. The
 paper's preset has one strength; our recipe's was tried at the full budget (examples.ablations). On
-LeNet-5 a third of the budget has 30 checks, which 8 % at a time end at 91 % whatever the gamma:
-search there at the full one (--epochs 50).
+LeNet-5 a third of the budget has 30 checks, which at 8 % a time come to 92 % at most: search there
+at the full one (--epochs 50).
 """
 
 import argparse

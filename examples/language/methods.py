@@ -23,22 +23,21 @@ def plain_adam(
     return optax.adam(learning_rate, b1=B1, b2=B2)
 
 
+DEFAULT = Method(
+    "the gate, decaying after each pruning, going back",
+    GAMMAS,
+    penalty(sj.exponential_irrelevance, b1=B1, b2=B2),
+    propose=lambda s, usual, n: sj.fraction_step(usual, floor=1),
+    recovery=0.15,
+    version=VERSION,
+)
+
 METHODS = {
-    "default": Method(
-        "the gate, decaying after each pruning, going back",
-        GAMMAS,
-        penalty(sj.exponential_irrelevance, b1=B1, b2=B2),
-        propose=lambda s, usual, n: sj.fraction_step(usual, floor=1),
-        recovery=0.15,
-        version=VERSION,
-    ),
-    "ready-made": Method(
-        "`selective_adam` as it comes (the gate, constant strength), going back",
-        (2e-4,),  # the default's
-        penalty(sj.exponential_irrelevance, decaying=False, b1=B1, b2=B2),
-        propose=lambda s, usual, n: sj.fraction_step(usual, floor=1),
-        recovery=0.15,
-        version=VERSION,
+    "default": DEFAULT,
+    "ready-made": DEFAULT._replace(
+        title="`selective_adam` as it comes (the gate, constant strength), going back",
+        strengths=(2e-4,),  # the default's
+        optimizer=penalty(sj.exponential_irrelevance, decaying=False, b1=B1, b2=B2),
     ),
     "paper": Method(
         "selective shrinkage, the paper's preset",

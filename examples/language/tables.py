@@ -223,12 +223,10 @@ def _curve(runs, metric):
     """By level: sparsity, and mean, least and largest difference from the dense networks."""
     found = []
     for level in LEVELS:
-        points = [
-            (run, point) for run in runs for point in run["points"] if point["level"] == level
-        ]
-        if points:
-            values = [point[metric] - run["dense"][metric] for run, point in points]
-            sparsity = np.mean([point["sparsity"] for _, point in points])
+        if points := _points(runs, level):
+            dense = [run["dense"][metric] for run in runs for _ in _points([run], level)]
+            values = np.subtract([point[metric] for point in points], dense)
+            sparsity = np.mean([point["sparsity"] for point in points])
             found.append((100 * sparsity, np.mean(values), min(values), max(values)))
     return found
 
