@@ -138,9 +138,9 @@ def test_crop_and_flip_only_shifts_and_mirrors():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("classes", [10, 3])
-def test_lenet5_with_the_batch_last_is_the_same_function(classes):
-    some = images(6, classes=classes)
+@pytest.mark.parametrize(("number", "classes"), [(6, 10), (7, 3), (1, 3)])
+def test_lenet5_with_the_batch_last_is_the_same_function(number, classes):
+    some = images(number, classes=classes)
     some.images[:, :9] = some.images[:, :, :9] = -0.4  # a margin, where all of a window is equal
     model = models.LeNet5(classes)
     params = model.init(jax.random.key(0), some.images[:1])
