@@ -23,7 +23,7 @@ import sparsereg_jax as sj
 
 from . import augment, experiment, tables
 from .experiment import EXPERIMENTS, Experiment
-from .methods import METHODS, Method, absolute_value, fraction, little_l2, penalty
+from .methods import METHODS, Method, absolute_value, at_rate, fraction, little_l2, never, penalty
 from .search import explore, read
 
 DEFAULT = METHODS["default"]
@@ -104,17 +104,6 @@ def in_units_of_the_network(second, gradients):
     number = jnp.maximum(1, sum(jnp.count_nonzero(leaf) for leaf in leaves))
     rms = jnp.sqrt(sum(jnp.sum(leaf) for leaf in leaves) / number)
     return jax.tree.map(lambda g: g / jnp.maximum(rms, jnp.finfo(g.dtype).tiny), gradients)
-
-
-def at_rate(factor: float, make: Callable[..., optax.GradientTransformation]):
-    """An optimizer at a multiple of the experiment's learning rate."""
-
-    def optimizer(learning_rate, *rest):
-        if callable(learning_rate):
-            return make(lambda step: factor * learning_rate(step), *rest)
-        return make(factor * learning_rate, *rest)
-
-    return optimizer
 
 
 def term(*options, gammas=(GAMMA,), **keywords):
@@ -209,6 +198,9 @@ LENET5 = {
     ),
     "the paper's loop, bound 99 %, 60 epochs": Variant(METHODS["paper"], settings={"epochs": 60}),
     "twice the budget": Variant(settings={"epochs": 100}),
+    "row `shifted`, nothing pruned": Variant(
+        METHODS["shifted"]._replace(propose=never), settings={"bound": 0.987}
+    ),
     "images shifted by up to 2 pixels": Variant(augment=functools.partial(augment.crop, margin=2)),
 }
 FASHION = {

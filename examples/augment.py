@@ -23,11 +23,15 @@ def crop_and_flip(key: jax.Array, images: jax.Array, margin: int = 4) -> jax.Arr
     return jnp.where(flip, cropped[:, :, ::-1], cropped)
 
 
-def crop(key: jax.Array, images: jax.Array, margin: int) -> jax.Array:
-    """Shifts each image by up to ``margin`` pixels at random; what is shifted in is 0."""
+def crop(key: jax.Array, images: jax.Array, margin: int, mode: str = "constant") -> jax.Array:
+    """Shifts each image by up to ``margin`` pixels at random.
+
+    What is shifted in is as in ``jnp.pad``: 0 by default; with ``mode="edge"`` the outermost pixel
+    repeated, for images whose ground is not 0.
+    """
     batch, height, width, channels = images.shape
     corners = jax.random.randint(key, (batch, 2), 0, 2 * margin + 1)
-    padded = jnp.pad(images, [(0, 0), (margin, margin), (margin, margin), (0, 0)])
+    padded = jnp.pad(images, [(0, 0), (margin, margin), (margin, margin), (0, 0)], mode)
 
     def one(image, corner):
         return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (height, width, channels))

@@ -30,7 +30,7 @@ FIVE = ("default", "ready-made", "paper", "preset-l2", "gate", "l2", "none")  # 
 PLAN = [
     ("lenet300-mnist", FIVE, 5),
     ("lenet300-mnist", tuple(name for name in SMALL if name not in FIVE), 2),
-    ("lenet5-mnist", FEW, 3),
+    ("lenet5-mnist", (*FEW, "shifted"), 3),
     ("lenet5-fashion_mnist", FEW, 3),
 ]
 

@@ -28,7 +28,9 @@ from .experiment import EXPERIMENTS, Experiment
 from .methods import METHODS, Method, with_own_bound
 from .sparsify import sparsify
 
-AS_THEY_ARE = ("default", "longer", "larger-first", "ready-made", "paper", "preset-l2")
+AS_THEY_ARE = (
+    *("default", "longer", "larger-first", "shifted", "ready-made", "paper", "preset-l2"),
+)
 SEARCHED = [name for name in METHODS if name not in AS_THEY_ARE]
 
 

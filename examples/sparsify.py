@@ -14,7 +14,7 @@ import sparsereg_jax as sj
 from . import checkpoints, experiment, trainer
 from .checkpoints import OutOfTime
 from .experiment import Dense, Experiment
-from .methods import Method
+from .methods import Augment, Method
 
 ROUNDS = 8  # of a method that rewinds
 SMALLER = 0.9  # a point of the curve has so much of the parameters of the point before, or less
@@ -154,7 +154,7 @@ def sparsify(
         record = state.good
         curve.append(point(record, state.progress.good_metric))
     record, tuning = _tuned(
-        _tuning(bench, method.tuner, method.tune),
+        _tuning(bench, method.tuner, method.tune, method.augment),
         record,
         sj.held_mask(record.params, record.opt_state),
         folder and folder / "tuning",
@@ -317,7 +317,10 @@ def _tuning(
     bench: Experiment,
     tuner: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation],
     share: float,
+    augment: Augment | None = None,
 ) -> _Tuning:
+    if augment is not None:
+        bench = bench._replace(network=bench.network._replace(augment=augment))
     epochs = round(bench.settings.epochs * share)
     rate = optax.cosine_decay_schedule(bench.settings.learning_rate, max(1, epochs * bench.epoch))
     tx = sj.hold_zeros(tuner(rate))

@@ -134,6 +134,35 @@ def test_cut_off_and_resumed_is_the_same(method, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_images_are_changed_while_tuning_alone():
+    """Tuned on images that are all 0, the first layer gets no gradient; in the loop it does."""
+
+    def blank(key, images):
+        del key
+        return jnp.zeros_like(images)
+
+    settings = SETTINGS._replace(bound=0.02, dense_epochs=1, epochs=10, interval=5)
+    bench = experiment.load(settings)
+    recipe = METHODS["default"]._replace(tuner=optax.adam)
+    # 9 epochs of the loop, then one of tuning; without tuning, the same loop.
+    ends = [
+        sparsify.sparsify(
+            bench._replace(settings=settings._replace(epochs=epochs)), method, 1e-3, 0
+        )
+        for epochs, method in (
+            (9, recipe._replace(tune=0.0)),
+            (10, recipe._replace(augment=blank)),
+            (10, recipe),
+        )
+    ]
+    loop, blind, tuned = (end.sparse.params["params"] for end in ends)
+    assert len({tuple(check.metric for check in end.history) for end in ends}) == 1
+    np.testing.assert_array_equal(blind["Dense_0"]["kernel"], loop["Dense_0"]["kernel"])
+    assert np.abs(blind["Dense_0"]["bias"] - loop["Dense_0"]["bias"]).max() > 0
+    assert np.abs(tuned["Dense_0"]["kernel"] - loop["Dense_0"]["kernel"]).max() > 1e-4
+
+
+@pytest.mark.slow
 def test_networks_at_levels(tmp_path, monkeypatch):
     levels = (0.0, 0.3, 0.6, 0.99)
     monkeypatch.setitem(experiment.LEVELS, "lenet300-digits", levels)
@@ -411,11 +440,12 @@ def test_the_choice_is_the_sparsest_within_a_standard_error():
 
 def test_runs_of_everything():
     runs = reproduce.runs(five_seeds=False)
-    assert len(runs) == len(set(runs)) == 7 * 5 + 8 * 2 + 2 * 7 * 3
+    assert len(runs) == len(set(runs)) == 7 * 5 + 8 * 2 + (8 + 7) * 3
     assert [seed for *_, seed in runs] == sorted(seed for *_, seed in runs)
     assert {method for name, method, _ in runs if name == "lenet300-mnist"} == set(METHODS) - {
         "longer",
         "larger-first",
+        "shifted",
     }
     many = reproduce.runs(five_seeds=True)
     assert {name for name, *_ in many} == set(STRENGTHS) - {"lenet300-digits"}

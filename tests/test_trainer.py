@@ -135,6 +135,12 @@ def test_crop_and_flip_only_shifts_and_mirrors():
     counts = np.array([(changed == each).all((1, 2, 3)).sum() for each in possible])
     assert counts.sum() == 400
     assert counts.min() > 5  # all 18 occur, 22 times each on average
+    shifted = np.asarray(augment.crop(jax.random.key(0), batch, margin=1, mode="edge"))
+    padded = np.pad(image, [(1, 1), (1, 1), (0, 0)], mode="edge")
+    possible = [padded[i : i + 5, j : j + 5] for i in range(3) for j in range(3)]
+    counts = np.array([(shifted == each).all((1, 2, 3)).sum() for each in possible])
+    assert counts.sum() == 400
+    assert counts.min() > 15  # of 9
 
 
 @pytest.mark.slow
