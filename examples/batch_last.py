@@ -23,7 +23,8 @@ def lenet5(params: Any, images: jax.Array) -> jax.Array:
       Logits, shape=[batch, classes].
     """
     layers = params["params"]
-    # In two halves, on which two cores work at once: XLA gives each product of few numbers to one.
+    # In two halves, on which two cores work at once: a kernel's gradient, a product with few
+    # outputs, keeps one core busy.
     halves = jnp.array_split(images, min(2, len(images)))
     x = jnp.concatenate([_convolutions(layers, half) for half in halves])
     x = jax.nn.relu(x @ layers["Dense_0"]["kernel"] + layers["Dense_0"]["bias"][None])
@@ -45,7 +46,8 @@ def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     rows, columns, _, features = kernel.shape
     _, height, width, batch = x.shape
     height, width = height - rows + 1, width - columns + 1
-    # One axis after the other: the copies of the second are long, and their sum has few terms.
+    # One axis after the other: the copies along the second are long, and the gradient sums ten
+    # arrays, not 25.
     wide = jnp.stack([x[:, :, j : j + width] for j in range(columns)])
     patches = jnp.stack([wide[:, :, i : i + height] for i in range(rows)])
     patches = patches.reshape(-1, height * width * batch)

@@ -161,7 +161,7 @@ def rounds(sparsity, usual, checks):
 
 
 def never(sparsity, usual, checks):
-    """Nothing: all was pruned at the start."""
+    """Nothing; where anything is pruned, it was at the start."""
     del sparsity, usual, checks
     return lambda situation: sj.Proposal(None)
 
@@ -219,7 +219,7 @@ METHODS = {
         propose=larger_first,
     ),
     "shifted": RECIPE._replace(
-        title="the same at twice the rate, a lower bound, tuned on shifted images",
+        title="the same at twice the rate, a lower bound, tuned longer on shifted images",
         optimizer=at_rate(2.0, penalty(sj.constant_irrelevance)),
         propose=larger_first,
         tune=0.2,

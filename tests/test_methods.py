@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -116,6 +117,27 @@ def test_schedules():
     np.testing.assert_allclose(
         sparsities("none", 0.1, 3), [1 - 0.9**t for t in (1, 2, 3)], atol=1e-3
     )
+
+
+def test_shifted_differs_from_larger_first_as_its_title_says():
+    shifted, other = METHODS["shifted"], METHODS["larger-first"]
+    assert (shifted.propose, shifted.smoothing) == (other.propose, other.smoothing)
+    assert shifted.tune == 2 * other.tune
+    settings = methods.with_own_bound(EXPERIMENTS["lenet5-mnist"], "shifted")
+    assert settings.bound == pytest.approx(0.987)
+    image = jnp.arange(1.0, 17).reshape(1, 4, 4, 1)
+    found = {np.asarray(shifted.augment(jax.random.key(i), image)).tobytes() for i in range(99)}
+    padded = np.pad(image[0], [(1, 1), (1, 1), (0, 0)], mode="edge")
+    assert found == {padded[i : i + 4, j : j + 4].tobytes() for i in range(3) for j in range(3)}
+    params, gradient = jnp.asarray([0.5, -2.0]), jnp.asarray([0.1, 0.3])
+
+    def first_update(tx):
+        return np.asarray(tx.update(gradient, tx.init(params), params)[0])
+
+    loops = [first_update(row.optimizer(1e-3, 1e-3, 550)) for row in (shifted, other)]
+    np.testing.assert_allclose(loops[0], 2 * loops[1], rtol=1e-6)
+    tuners = [first_update(row.tuner(lambda step: 1e-3 / (step + 1))) for row in (shifted, other)]
+    np.testing.assert_allclose(tuners[0], 3 * tuners[1], rtol=1e-6)
 
 
 def test_snip_keeps_the_largest_products_and_every_bias():
