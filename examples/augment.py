@@ -27,7 +27,7 @@ def crop(key: jax.Array, images: jax.Array, margin: int, mode: str = "constant")
     """Shifts each image by up to ``margin`` pixels at random.
 
     What is shifted in is as in ``jnp.pad``: 0 by default; with ``mode="edge"`` the outermost pixel
-    repeated, for images whose ground is not 0.
+    repeated, for images whose background is not 0.
     """
     batch, height, width, channels = images.shape
     corners = jax.random.randint(key, (batch, 2), 0, 2 * margin + 1)

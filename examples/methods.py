@@ -220,10 +220,10 @@ METHODS = {
     ),
     "shifted": RECIPE._replace(
         title="the same at twice the rate, a lower bound, tuned longer on shifted images",
-        optimizer=at_rate(2.0, penalty(sj.constant_irrelevance)),
+        optimizer=at_rate(2.0, RECIPE.optimizer),
         propose=larger_first,
         tune=0.2,
-        tuner=at_rate(3.0, little_l2),
+        tuner=at_rate(3.0, RECIPE.tuner),
         augment=functools.partial(crop, margin=1, mode="edge"),
     ),
     "ready-made": RECIPE._replace(
