@@ -211,6 +211,14 @@ RECIPE = Method(
     tuner=little_l2,
 )
 
+HIGHER_RATE = RECIPE._replace(
+    title="25 % at a time up to 95 %, at twice the rate, a lower bound, tuned longer",
+    optimizer=at_rate(2.0, RECIPE.optimizer),
+    propose=larger_first,
+    tune=0.2,
+    tuner=at_rate(3.0, RECIPE.tuner),
+)
+
 METHODS = {
     "default": RECIPE,
     "longer": RECIPE._replace(title="the same, a lower bound, tuned twice as long", tune=0.2),
@@ -218,12 +226,9 @@ METHODS = {
         title="our recipe, 25 % of what is left at a time up to 95 %",
         propose=larger_first,
     ),
-    "shifted": RECIPE._replace(
+    "higher-rate": HIGHER_RATE,
+    "shifted": HIGHER_RATE._replace(
         title="the same at twice the rate, a lower bound, tuned longer on shifted images",
-        optimizer=at_rate(2.0, RECIPE.optimizer),
-        propose=larger_first,
-        tune=0.2,
-        tuner=at_rate(3.0, RECIPE.tuner),
         augment=functools.partial(crop, margin=1, mode="edge"),
     ),
     "ready-made": RECIPE._replace(
@@ -315,10 +320,10 @@ METHODS = {
     ),
 }
 
-# By experiment. LeNet-300-100 on MNIST: chosen by examples.search, but for the preset and for the
-# default, whose gamma was tried at the full budget. For the others no search was run: L2 has the
-# preset's gamma, so that the gate is all that differs, no regularizer the loop's fraction, and L1
-# the number of LeNet-300-100.
+# By experiment. On MNIST chosen by examples.search, of LeNet-5 those of L2 and of no regularizer;
+# but presets have theirs, and our gamma was tried at the full budget. On Fashion-MNIST and CIFAR-10
+# no search was run: L2 has the preset's gamma, so that the gate is all that differs, no regularizer
+# the loop's fraction, and L1 the number of LeNet-300-100.
 _MNIST = {
     "default": 1e-3,
     "ready-made": 2e-4,
@@ -340,8 +345,8 @@ _FEW = {"default": 1e-3, "larger-first": 1e-3, "ready-made": 2e-4, "paper": 1e-3
 STRENGTHS = {
     "lenet300-digits": _MNIST,
     "lenet300-mnist": _MNIST,
-    "lenet5-mnist": _FEW | {"longer": 1e-3, "shifted": 1e-3, "none": 0.08},
-    "lenet5-fashion_mnist": _FEW | {"longer": 1e-3, "none": 0.1},
+    "lenet5-mnist": _FEW | {"longer": 1e-3, "shifted": 1e-3, "none": 0.24},
+    "lenet5-fashion_mnist": _FEW | {"longer": 1e-3, "higher-rate": 1e-3, "none": 0.1},
     "resnet32-cifar10": _FEW | {"none": 0.1, "l1": 1e-5},
 }
 
@@ -350,7 +355,7 @@ STRENGTHS = {
 OWN_BOUNDS = {
     "lenet5-mnist": {name: 0.98 for name, method in METHODS.items() if method.recovery is None}
     | {"longer": 0.988, "shifted": 0.987},
-    "lenet5-fashion_mnist": {"longer": 0.9},
+    "lenet5-fashion_mnist": {"longer": 0.9, "higher-rate": 0.903},
 }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from tabulate import tabulate
 
 from . import ablations, search, tables
+from .experiment import EXPERIMENTS
 from .figures import Records
 from .language import tables as language
 
@@ -61,6 +62,8 @@ def made(folder: Path) -> dict[str, str]:
             records, tables.SPARSITIES
         )
         found[f"{experiment} paired"] = tables.comparisons(records, tables.LEVELS)
+        if searched := search.read(folder / f"search-{experiment}.jsonl"):
+            found[f"{experiment} search"] = search.table(searched, EXPERIMENTS[experiment])
         lines = search.read(folder / f"ablations-{experiment}.jsonl")
         variants = ablations.VARIANTS[experiment]
         found[f"{experiment} ablations"] = ablations.table(variants, lines, records["default"])

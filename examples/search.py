@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from . import experiment
 from .command import check_strength
-from .experiment import EXPERIMENTS, Experiment
+from .experiment import EXPERIMENTS, Experiment, Settings
 from .methods import METHODS, Method, with_own_bound
 from .sparsify import sparsify
 
@@ -59,6 +59,35 @@ def chosen(lines: list[dict[str, Any]], bound: float, validation: int) -> float:
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines written so far."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(lines: list[dict[str, Any]], settings: Settings, validation: int = 5000) -> str:
+    """A row a method, in Markdown: what each number came to, from the smallest, the chosen bold.
+
+    Args:
+      lines: the runs, of a method all with the same budget.
+      settings: the experiment's, of which a method may have its own bound.
+      validation: images that the accuracy was measured on.
+
+    Returns:
+      The table, sparsity and accuracy in per cent.
+    """
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for line in sorted(lines, key=lambda line: line["strength"]):
+        by_method.setdefault(line["method"], []).append(line)
+    columns = max(map(len, by_method.values()))
+    heads = ["method", "number: sparsity @ validation accuracy, %", *[""] * (columns - 1)]
+    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name in sorted(by_method, key=list(METHODS).index):
+        best = chosen(by_method[name], with_own_bound(settings, name).bound or 0.0, validation)
+        cells = []
+        for line in by_method[name]:
+            number, reached = line["strength"], (line["sparsity"], line["validation"])
+            cell = f"{number:g}: " + " @ ".join(f"{100 * part:.2f}" for part in reached)
+            cells.append(f"**{cell}**" if number == best else cell)
+        cells += [""] * (columns - len(cells))
+        rows.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def explore(

@@ -432,6 +432,18 @@ def test_a_search_of_strengths_of_ones_own_is_of_one_method(tmp_path, capsys):
     assert "a sparsity, in (0, 1)" in capsys.readouterr().err
 
 
+def test_the_table_of_a_search_shows_all_that_was_tried_and_what_was_chosen():
+    tried = [("none", 0.2, 0.99, 0.9), ("none", 0.1, 0.75, 0.98), ("l2", 1e-4, 0.5, 0.982)]
+    keys = ("method", "strength", "sparsity", "validation")
+    lines = [dict(zip(keys, each, strict=True)) for each in tried]
+    shown = search.table(lines, EXPERIMENTS["lenet300-mnist"])  # whose bound is 97.9 %
+    assert shown.splitlines()[2:] == [
+        "| `l2` | **0.0001: 50.00 @ 98.20** |  |",
+        "| `none` | **0.1: 75.00 @ 98.00** | 0.2: 99.00 @ 90.00 |",
+    ]
+    assert {line.count("|") for line in shown.splitlines()} == {4}
+
+
 def test_the_choice_is_the_sparsest_within_a_standard_error():
     some = [(0.9, 0.97), (0.95, 0.96), (0.99, 0.9)]
     some = [
@@ -450,6 +462,7 @@ def test_runs_of_everything():
     assert {method for name, method, _ in runs if name == "lenet300-mnist"} == set(METHODS) - {
         "longer",
         "larger-first",
+        "higher-rate",
         "shifted",
     }
     many = reproduce.runs(five_seeds=True)

@@ -119,8 +119,13 @@ def test_schedules():
     )
 
 
-def test_shifted_differs_from_larger_first_as_its_title_says():
+def test_higher_rate_and_shifted_differ_from_larger_first_as_their_titles_say():
     shifted, other = METHODS["shifted"], METHODS["larger-first"]
+    higher = METHODS["higher-rate"]
+    assert higher._replace(title=shifted.title, augment=shifted.augment) == shifted
+    assert higher.augment is None
+    fashion = EXPERIMENTS["lenet5-fashion_mnist"]
+    assert methods.with_own_bound(fashion, "higher-rate").bound == pytest.approx(0.903)
     assert (shifted.propose, shifted.smoothing) == (other.propose, other.smoothing)
     assert shifted.tune == 2 * other.tune
     settings = methods.with_own_bound(EXPERIMENTS["lenet5-mnist"], "shifted")
@@ -154,21 +159,28 @@ def test_strengths_are_those_that_were_chosen():
     for name, method in METHODS.items():
         presets = ("paper", "preset-l2", "ready-made")
         assert len(set(method.strengths)) >= (1 if name in presets else 6), name
-        if name not in ("longer", "larger-first", "shifted"):  # rows of LeNet-5
+        if name not in ("longer", "larger-first", "higher-rate", "shifted"):  # of LeNet-5
             assert methods.STRENGTHS["lenet300-mnist"][name] in method.strengths, name
     with pytest.raises(ValueError, match=r"none was chosen for 'l1' on lenet5.*'paper'"):
         methods.strength_of("l1", "lenet5", "mnist")
     assert (
         methods.strength_of("none", "lenet5", "kmnist") == methods.STRENGTHS["lenet5-mnist"]["none"]
     )
-    bound = EXPERIMENTS["lenet300-mnist"].bound
+
+
+@pytest.mark.parametrize(
+    ("name", "searched", "epochs"),
+    [("lenet300-mnist", search.SEARCHED, 86), ("lenet5-mnist", ["l2", "none"], 50)],
+)
+def test_searched_strengths_are_what_the_records_of_the_search_lead_to(name, searched, epochs):
     by_method = {}
-    for line in search.read(RESULTS / "search-lenet300-mnist.jsonl"):
+    for line in search.read(RESULTS / f"search-{name}.jsonl"):
         assert line["version"] == METHODS[line["method"]].version
-        if line["strength"] in METHODS[line["method"]].strengths:
-            by_method.setdefault(line["method"], []).append(line)
-    assert set(by_method) == set(search.SEARCHED)
-    for name, lines in by_method.items():
-        assert len(lines) >= 6
+        assert line["epochs"] == epochs
+        by_method.setdefault(line["method"], []).append(line)
+    assert set(by_method) == set(searched)
+    for method, lines in by_method.items():
+        assert len({line["strength"] for line in lines}) == len(lines) >= 6
+        bound = methods.with_own_bound(EXPERIMENTS[name], method).bound
         wanted = search.chosen(lines, bound, validation=5000)
-        assert methods.STRENGTHS["lenet300-mnist"][name] == wanted, name
+        assert methods.STRENGTHS[name][method] == wanted, method
