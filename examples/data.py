@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+HELD_OUT = 5000  # training images for validation; of the digits 600
+
 
 class Images(NamedTuple):
     """One split."""
@@ -51,11 +53,11 @@ def load(name: str, data_dir: str | Path | None = None, validation: int | None =
         validation = 600 if validation is None else validation
     elif (file := _file_of(name, data_dir)) is not None:
         images, labels, test_images, test_labels, title = _packed(file, name)
-        validation = 5000 if validation is None else validation
+        validation = HELD_OUT if validation is None else validation
     else:
         images, labels, title = _tfds(name, "train", data_dir)
         test_images, test_labels, _ = _tfds(name, "test", data_dir)
-        validation = 5000 if validation is None else validation
+        validation = HELD_OUT if validation is None else validation
     if not 0 < validation < len(images):
         raise ValueError(f"validation={validation} is not between 1 and {len(images) - 1}.")
     order = np.random.default_rng(0).permutation(len(images))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from . import ablations, search, tables
+from . import ablations, data, search, tables
 from .experiment import EXPERIMENTS
 from .figures import Records
 from .language import tables as language
@@ -63,7 +63,9 @@ def made(folder: Path) -> dict[str, str]:
         )
         found[f"{experiment} paired"] = tables.comparisons(records, tables.LEVELS)
         if searched := search.read(folder / f"search-{experiment}.jsonl"):
-            found[f"{experiment} search"] = search.table(searched, EXPERIMENTS[experiment])
+            found[f"{experiment} search"] = search.table(
+                searched, EXPERIMENTS[experiment], data.HELD_OUT
+            )
         lines = search.read(folder / f"ablations-{experiment}.jsonl")
         variants = ablations.VARIANTS[experiment]
         found[f"{experiment} ablations"] = ablations.table(variants, lines, records["default"])

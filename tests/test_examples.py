@@ -433,15 +433,26 @@ def test_a_search_of_strengths_of_ones_own_is_of_one_method(tmp_path, capsys):
 
 
 def test_the_table_of_a_search_shows_all_that_was_tried_and_what_was_chosen():
-    tried = [("none", 0.2, 0.99, 0.9), ("none", 0.1, 0.75, 0.98), ("l2", 1e-4, 0.5, 0.982)]
-    keys = ("method", "strength", "sparsity", "validation")
-    lines = [dict(zip(keys, each, strict=True)) for each in tried]
-    shown = search.table(lines, EXPERIMENTS["lenet300-mnist"])  # whose bound is 97.9 %
-    assert shown.splitlines()[2:] == [
-        "| `l2` | **0.0001: 50.00 @ 98.20** |  |",
-        "| `none` | **0.1: 75.00 @ 98.00** | 0.2: 99.00 @ 90.00 |",
+    tried = [
+        ("none", 0.3, 0.99, 0.97),
+        ("none", 0.1, 0.75, 0.985),  # would be the most accurate, were the bound the recipe's 99 %
+        ("none", 0.2, 0.8, 0.98),
+        ("l2", 1e-4, 0.5, 0.97),
+        ("l2", 3e-4, 0.4, 0.975),  # nothing meets the bound
     ]
-    assert {line.count("|") for line in shown.splitlines()} == {4}
+    keys = ("method", "strength", "sparsity", "validation")
+    same = {"epochs": 50, "version": 1, "seed": 0}
+    lines = [dict(zip(keys, each, strict=True)) | same for each in tried]
+    settings = EXPERIMENTS["lenet5-mnist"]  # the bound of both is 98 %
+    shown = search.table(lines, settings, validation=5000)
+    assert shown.splitlines()[2:] == [
+        "| `l2` | 0.0001: 50.00 @ 97.00 | **0.0003: 40.00 @ 97.50** |  |",
+        "| `none` | 0.1: 75.00 @ 98.50 | **0.2: 80.00 @ 98.00** | 0.3: 99.00 @ 97.00 |",
+    ]
+    assert {line.count("|") for line in shown.splitlines()} == {5}
+    assert "**" not in search.table(lines, settings._replace(dataset="", bound=None), 5000)
+    with pytest.raises(ValueError, match="those of 'l2' differ in epochs"):
+        search.table([*lines, lines[-1] | {"epochs": 22}], settings, validation=5000)
 
 
 def test_the_choice_is_the_sparsest_within_a_standard_error():

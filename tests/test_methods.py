@@ -125,7 +125,7 @@ def test_higher_rate_and_shifted_differ_from_larger_first_as_their_titles_say():
     assert higher._replace(title=shifted.title, augment=shifted.augment) == shifted
     assert higher.augment is None
     fashion = EXPERIMENTS["lenet5-fashion_mnist"]
-    assert methods.with_own_bound(fashion, "higher-rate").bound == pytest.approx(0.903)
+    assert methods.with_own_bound(fashion, "higher-rate").bound < fashion.bound
     assert (shifted.propose, shifted.smoothing) == (other.propose, other.smoothing)
     assert shifted.tune == 2 * other.tune
     settings = methods.with_own_bound(EXPERIMENTS["lenet5-mnist"], "shifted")
@@ -176,7 +176,7 @@ def test_searched_strengths_are_what_the_records_of_the_search_lead_to(name, sea
     by_method = {}
     for line in search.read(RESULTS / f"search-{name}.jsonl"):
         assert line["version"] == METHODS[line["method"]].version
-        assert line["epochs"] == epochs
+        assert (line["epochs"], line["seed"]) == (epochs, 0)
         by_method.setdefault(line["method"], []).append(line)
     assert set(by_method) == set(searched)
     for method, lines in by_method.items():
