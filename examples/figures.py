@@ -163,7 +163,7 @@ def _tradeoff(axes, records, colors):
     axes.set_ylabel(f"test error, % (curves: before tuning{tuning})")
     wrong = [y for _, y in ends]
     lowest = min(lowest, *wrong)
-    axes.set_ylim(0.95 * lowest, max(1.1 * dense, min(1.1 * max(wrong), 2.5 * dense)))
+    axes.set_ylim(0.95 * lowest, max(1.1 * dense, min(1.1 * max(wrong), 3 * dense)))
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 
 
