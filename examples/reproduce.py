@@ -31,7 +31,7 @@ PLAN = [
     ("lenet300-mnist", FIVE, 5),
     ("lenet300-mnist", tuple(name for name in SMALL if name not in FIVE), 2),
     ("lenet5-mnist", (*FEW, "larger-first", "shifted"), 3),
-    ("lenet5-fashion_mnist", (*FEW, "higher-rate"), 3),
+    ("lenet5-fashion_mnist", (*FEW, "preset-l2", "higher-rate", "straight"), 3),
 ]
 
 

@@ -468,13 +468,14 @@ def test_the_choice_is_the_sparsest_within_a_standard_error():
 
 def test_runs_of_everything():
     runs = reproduce.runs(five_seeds=False)
-    assert len(runs) == len(set(runs)) == 7 * 5 + 8 * 2 + (8 + 7) * 3
+    assert len(runs) == len(set(runs)) == 7 * 5 + 8 * 2 + (8 + 9) * 3
     assert [seed for *_, seed in runs] == sorted(seed for *_, seed in runs)
     assert {method for name, method, _ in runs if name == "lenet300-mnist"} == set(METHODS) - {
         "longer",
         "larger-first",
         "higher-rate",
         "shifted",
+        "straight",
     }
     many = reproduce.runs(five_seeds=True)
     assert {name for name, *_ in many} == set(STRENGTHS) - {"lenet300-digits"}

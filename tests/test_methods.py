@@ -31,6 +31,14 @@ def first_update(method, strength, rate=0.1, steps_per_epoch=4):
     return np.asarray(updates["w"])
 
 
+def first_moment(method, strength):
+    """What Adam's first moment is after a step, over 1 - b1: the gradient with its term."""
+    tx = METHODS[method].optimizer(0.1, strength, 4)
+    params = {"w": jnp.asarray(W, jnp.float32)}
+    _, state = tx.update({"w": jnp.asarray(G, jnp.float32)}, tx.init(params), params)
+    return np.asarray(optax.tree.get(state, "mu")["w"]) / 0.1
+
+
 STRENGTH = 0.2 * 3 / 4  # 2 gamma, after the first of four steps of an epoch
 
 
@@ -54,18 +62,13 @@ def test_first_updates(method, strength, wanted):
 
 def test_coupled_terms_differ_in_the_second_moment():
     """A sign alone says little: the first moments hold the sums themselves."""
-
-    def moment(method):
-        tx = METHODS[method].optimizer(0.1, 0.1, 4)
-        params = {"w": jnp.asarray(W, jnp.float32)}
-        _, state = tx.update({"w": jnp.asarray(G, jnp.float32)}, tx.init(params), params)
-        return np.asarray(optax.tree.get(state, "mu")["w"]) / 0.1
-
     gated, flat = STRENGTH * W * np.exp(-np.abs(G)), STRENGTH * W
     terms = {"paper": gated, "gate": gated, "l2": flat, "default": flat, "none": 0 * W}
     terms["ready-made"] = 0.2 * W * np.exp(-np.abs(G))  # 2 gamma, which does not decay
     for name, term in (terms | {"l1": STRENGTH * np.sign(W)}).items():
-        np.testing.assert_allclose(moment(name), G + term, rtol=1e-5, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(
+            first_moment(name, 0.1), G + term, rtol=1e-5, atol=1e-7, err_msg=name
+        )
 
 
 def test_proximal_step_against_brute_force():
@@ -91,9 +94,9 @@ def situation(params, mask):
     )
 
 
-def sparsities(method, sparsity, checks):
+def sparsities(method, sparsity, checks, size=1000):
     """What a method's proposals lead to, from check to check."""
-    params = {"w": jnp.linspace(-1, 1, 1000)}
+    params = {"w": jnp.linspace(-1, 1, size)}
     propose, mask = METHODS[method].propose(sparsity, 0.04, checks), sj.full_mask(params)
     reached = []
     for _ in range(checks):
@@ -114,6 +117,9 @@ def test_schedules():
     np.testing.assert_allclose(sparsities("snip", 0.9, 3), [0, 0, 0])
     larger = [1 - 0.75**t for t in range(1, 12)] + [1 - 0.75**11 * 0.95**t for t in (1, 2)]
     np.testing.assert_allclose(sparsities("larger-first", 1e-3, 13), larger, atol=2.1e-3)
+    straight = [1 - 0.75**t for t in range(1, 12)] + [1 - 0.75**11 * 0.9**t for t in range(1, 19)]
+    wanted = np.minimum(straight, 0.9905)
+    np.testing.assert_allclose(sparsities("straight", 0.9905, 29, 100_000), wanted, atol=2e-4)
     np.testing.assert_allclose(
         sparsities("none", 0.1, 3), [1 - 0.9**t for t in (1, 2, 3)], atol=1e-3
     )
@@ -145,6 +151,17 @@ def test_higher_rate_and_shifted_differ_from_larger_first_as_their_titles_say():
     np.testing.assert_allclose(tuners[0], 3 * tuners[1], rtol=1e-6)
 
 
+def test_straight_has_the_regularizer_of_our_recipe_and_no_bound():
+    straight, higher = METHODS["straight"], METHODS["higher-rate"]
+    own = ("title", "strengths", "optimizer", "propose", "bounded", "recovery", "tune")
+    for name, ours, theirs in zip(straight._fields, straight, higher, strict=True):
+        assert (ours == theirs) == (name not in own), name
+    assert (straight.bounded, straight.recovery) == (False, None)
+    # Its number is the sparsity; gamma stays that of our recipe.
+    moment = first_moment("straight", 0.9905)
+    np.testing.assert_allclose(moment, G + 2e-3 * 3 / 4 * W, rtol=1e-5, atol=1e-7)
+
+
 def test_snip_keeps_the_largest_products_and_every_bias():
     random = np.random.default_rng(0)
     g, w = (random.standard_normal((4, 5)).astype(np.float32) for _ in range(2))
@@ -157,9 +174,10 @@ def test_snip_keeps_the_largest_products_and_every_bias():
 
 def test_strengths_are_those_that_were_chosen():
     for name, method in METHODS.items():
-        presets = ("paper", "preset-l2", "ready-made")
+        presets = ("paper", "preset-l2", "ready-made", "straight")
         assert len(set(method.strengths)) >= (1 if name in presets else 6), name
-        if name not in ("longer", "larger-first", "higher-rate", "shifted"):  # of LeNet-5
+        of_lenet5 = ("longer", "larger-first", "higher-rate", "shifted", "straight")
+        if name not in of_lenet5:
             assert methods.STRENGTHS["lenet300-mnist"][name] in method.strengths, name
     with pytest.raises(ValueError, match=r"none was chosen for 'l1' on lenet5.*'paper'"):
         methods.strength_of("l1", "lenet5", "mnist")
@@ -170,7 +188,11 @@ def test_strengths_are_those_that_were_chosen():
 
 @pytest.mark.parametrize(
     ("name", "searched", "epochs"),
-    [("lenet300-mnist", search.SEARCHED, 86), ("lenet5-mnist", ["l2", "none"], 50)],
+    [
+        ("lenet300-mnist", search.SEARCHED, 86),
+        ("lenet5-mnist", ["l2", "none"], 50),
+        ("lenet5-fashion_mnist", ["l2", "none"], 50),
+    ],
 )
 def test_searched_strengths_are_what_the_records_of_the_search_lead_to(name, searched, epochs):
     by_method = {}
