@@ -242,7 +242,7 @@ METHODS = {
     ),
     "higher-rate": HIGHER_RATE,
     "straight": HIGHER_RATE._replace(
-        title="our recipe without a bound: straight down at twice the rate, tuned for 20 epochs",
+        title="our recipe without a bound, straight down at twice the rate, tuned 4 times as long",
         strengths=(0.9905,),
         optimizer=lambda lr, sparsity, n: HIGHER_RATE.optimizer(lr, 1e-3, n),
         propose=straight_down,

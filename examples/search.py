@@ -28,7 +28,7 @@ from .experiment import EXPERIMENTS, Experiment, Settings
 from .methods import METHODS, Method, with_own_bound
 from .sparsify import sparsify
 
-# Neither the presets, which have one strength, nor our own recipes, which all go back.
+# Neither the presets and `straight`, which have one strength, nor our other recipes, which go back.
 SEARCHED = [
     name
     for name, method in METHODS.items()

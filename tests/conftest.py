@@ -6,8 +6,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# XLA has a pool of eight threads for eight devices, and a shard that waits for others holds one. A
-# test stood still once, until XLA ended its process: so there are threads to spare.
+# XLA's pools on a CPU have as many threads as there are cores (it reads NPROC) or devices. With as
+# many as devices, shards that wait for one another leave none for anything else: so there are more.
 os.environ.setdefault("NPROC", "32")
 
 import jax

@@ -156,10 +156,12 @@ def test_straight_has_the_regularizer_of_our_recipe_and_no_bound():
     own = ("title", "strengths", "optimizer", "propose", "bounded", "recovery", "tune")
     for name, ours, theirs in zip(straight._fields, straight, higher, strict=True):
         assert (ours == theirs) == (name not in own), name
-    assert (straight.bounded, straight.recovery) == (False, None)
+    assert (straight.bounded, straight.recovery, straight.tune) == (False, None, 0.4)
     # Its number is the sparsity; gamma stays that of our recipe.
     moment = first_moment("straight", 0.9905)
     np.testing.assert_allclose(moment, G + 2e-3 * 3 / 4 * W, rtol=1e-5, atol=1e-7)
+    update = first_update("straight", 0.9905)
+    np.testing.assert_allclose(update, 2 * first_update("default", 1e-3), rtol=1e-6)
 
 
 def test_snip_keeps_the_largest_products_and_every_bias():
