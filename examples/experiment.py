@@ -24,8 +24,7 @@ class Settings(NamedTuple):
     epochs: Annotated[int, "epochs in all: dense, loop and tuning"]
     interval: Annotated[int, "steps between two checks"] = 250
     fraction: Annotated[
-        float,
-        "of what is left, pruned at a check (our recipes: mostly 1.25 x; none: --strength)",
+        float, "of what is left, pruned at a check (our recipe: 1.25 x; none: --strength)"
     ] = 0.04
     batch: Annotated[int, "images a step"] = 100
     learning_rate: float = 1e-3
