@@ -24,18 +24,21 @@ def adam(gradient, rate=0.1):
     return -rate * gradient / (np.abs(gradient) + 1e-8)
 
 
-def first_update(method, strength, rate=0.1, steps_per_epoch=4):
+def first_step(method, strength, rate=0.1, steps_per_epoch=4):
+    """What a method's optimizer returns for the gradient G at the weights W."""
     tx = METHODS[method].optimizer(rate, strength, steps_per_epoch)
     params = {"w": jnp.asarray(W, jnp.float32)}
-    updates, _ = tx.update({"w": jnp.asarray(G, jnp.float32)}, tx.init(params), params)
+    return tx.update({"w": jnp.asarray(G, jnp.float32)}, tx.init(params), params)
+
+
+def first_update(method, strength, rate=0.1, steps_per_epoch=4):
+    updates, _ = first_step(method, strength, rate, steps_per_epoch)
     return np.asarray(updates["w"])
 
 
 def first_moment(method, strength):
-    """What Adam's first moment is after a step, over 1 - b1: the gradient with its term."""
-    tx = METHODS[method].optimizer(0.1, strength, 4)
-    params = {"w": jnp.asarray(W, jnp.float32)}
-    _, state = tx.update({"w": jnp.asarray(G, jnp.float32)}, tx.init(params), params)
+    """Adam's first moment after a step, over 1 - b1: the gradient with its term."""
+    _, state = first_step(method, strength)
     return np.asarray(optax.tree.get(state, "mu")["w"]) / 0.1
 
 
