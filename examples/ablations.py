@@ -138,6 +138,18 @@ def momentum(irrelevance, alpha, gammas):
     return Variant(DEFAULT._replace(optimizer=optimizer), gammas)
 
 
+def falling(make, steps):
+    """An optimizer whose learning rate falls from twice as high to 0 in ``steps`` steps, anew."""
+
+    def optimizer(learning_rate, *rest):
+        def rate(step):
+            return learning_rate * (1 + jnp.cos(jnp.pi * (step % steps) / steps))
+
+        return make(rate, *rest)
+
+    return optimizer
+
+
 # What weakens the term is also tried with a larger gamma. The recipe as it is has its records.
 LENET300 = {
     "gamma": Variant(gammas=(3e-4,)),
@@ -215,11 +227,22 @@ LENET5 = {
     ),
     "images shifted by up to 2 pixels": Variant(augment=functools.partial(augment.crop, margin=2)),
 }
+STRAIGHT, SPARSITIES = METHODS["straight"], (0.9905, 0.997)
 FASHION = {
     "gamma": Variant(gammas=(3e-4, 3e-3)),
     "no label smoothing": changed(smoothing=0.0),
     "never goes back": changed(recovery=None),
     "bound 91 %": Variant(settings={"bound": 0.91}),
+    "row `straight`": Variant(STRAIGHT, (0.97, 0.98, *SPARSITIES)),
+    "row `straight`, the rate falling within each interval": Variant(
+        STRAIGHT._replace(
+            optimizer=falling(STRAIGHT.optimizer, EXPERIMENTS["lenet5-fashion_mnist"].interval)
+        ),
+        SPARSITIES,
+    ),
+    "row `straight`, tuned on images shifted by up to one pixel": Variant(
+        STRAIGHT._replace(augment=SHIFTED.augment), SPARSITIES[:1]
+    ),
 }
 # What the README shows of LeNet-300-100.
 IN_SHORT = (

@@ -593,6 +593,17 @@ def test_a_multiple_of_a_rate_and_of_a_schedule():
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+def test_a_rate_that_falls_from_twice_to_zero_within_each_interval():
+    tx = ablations.falling(optax.sgd, 4)(0.1)
+    state, found = tx.init(jnp.zeros(())), []
+    for _ in range(6):
+        update, state = tx.update(jnp.ones(()), state)
+        found.append(-float(update))
+    root = np.sqrt(0.5)
+    wanted = 0.1 * np.array([2, 1 + root, 1, 1 - root, 2, 1 + root])
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_nnx():
     sparsity, accuracy = nnx_digits.main(dense_epochs=2, checks=3, bound=0.1)
