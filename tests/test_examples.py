@@ -489,7 +489,7 @@ def test_ablations_change_one_thing():
         differing = [field for field, ours, theirs in fields if ours != theirs]
         differing += variant.settings
         assert len(differing) == (0 if name in ("gamma", "no regularizer") else 1), name
-        found += [{"method": name, "strength": gamma} for gamma in variant.gammas]
+        found += [{"method": name, "strength": gamma} for gamma in variant.strengths]
     lines = [
         line | {"seed": i, "sparsity": 0.5, "validation": 0.25 * i}
         for line in found
@@ -593,7 +593,7 @@ def test_a_multiple_of_a_rate_and_of_a_schedule():
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
-def test_a_rate_that_falls_from_twice_to_zero_within_each_interval():
+def test_a_rate_that_falls_from_twice_toward_zero_and_restarts():
     tx = ablations.falling(optax.sgd, 4)(0.1)
     state, found = tx.init(jnp.zeros(())), []
     for _ in range(6):
@@ -602,6 +602,23 @@ def test_a_rate_that_falls_from_twice_to_zero_within_each_interval():
     root = np.sqrt(0.5)
     wanted = 0.1 * np.array([2, 1 + root, 1, 1 - root, 2, 1 + root])
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_the_rate_of_row_straight_falls_in_phase_with_the_intervals():
+    row = ablations.FASHION["row `straight`, the rate falling within each interval"].method
+    interval, strength = EXPERIMENTS["lenet5-fashion_mnist"].interval, row.strengths[0]
+    tx = row.optimizer(1e-3, strength, 550)
+    weight, gradient = jnp.zeros(()), jnp.ones(())  # Adam's step is the rate; nothing to shrink
+
+    def step(state, _):
+        update, state = tx.update(gradient, state, weight)
+        return state, -update
+
+    _, rates = jax.lax.scan(step, tx.init(weight), length=2 * interval)
+    rates = np.asarray(rates).reshape(2, interval)
+    np.testing.assert_allclose(rates[:, 0], 4e-3, rtol=1e-3)
+    np.testing.assert_allclose(rates[:, interval // 2], 2e-3, rtol=1e-3)
+    assert (rates[:, -1] < 1e-6).all()
 
 
 @pytest.mark.slow
