@@ -243,7 +243,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     record = hardware()
-    torch.set_flush_denormal(True)  # before there are threads, which take it over
+    # Before there are threads, which take it over.
+    record["subnormals_flushed"] = torch.set_flush_denormal(True)
     torch.set_num_threads(record["cores"])
     record["versions"]["torch"] = torch.__version__
     record["rows"] = [

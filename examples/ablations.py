@@ -139,7 +139,7 @@ def momentum(irrelevance, alpha, gammas):
 
 
 def falling(make, steps):
-    """An optimizer whose rate falls from twice the learning rate toward 0, every ``steps`` steps.
+    """An optimizer whose rate falls from twice the learning rate toward 0, anew every ``steps``.
 
     A cosine with warm restarts (Loshchilov and Hutter 2017), its mean the learning rate, a number.
     """
@@ -232,11 +232,10 @@ LENET5 = {
 }
 
 
-def falling_in(row, *options, **keywords):
+def falling_in(row, **keywords):
     """A row whose rate falls within each interval of LeNet-5 on Fashion-MNIST."""
     steps = EXPERIMENTS["lenet5-fashion_mnist"].interval
-    optimizer = falling(row.optimizer, steps)
-    return Variant(row._replace(optimizer=optimizer), *options, **keywords)
+    return Variant(row._replace(optimizer=falling(row.optimizer, steps)), **keywords)
 
 
 STRAIGHT = METHODS["straight"]
@@ -246,7 +245,9 @@ FASHION = {
     "never goes back": changed(recovery=None),
     "bound 91 %": Variant(settings={"bound": 0.91}),
     "row `straight`": Variant(STRAIGHT, (0.97, 0.98, 0.9905, 0.997)),
-    "row `straight`, the rate falling within each interval": falling_in(STRAIGHT, (0.9905, 0.997)),
+    "row `straight`, the rate falling within each interval": falling_in(
+        STRAIGHT, strengths=(0.9905, 0.997)
+    ),
     "row `higher-rate`, the rate falling within each interval": falling_in(
         METHODS["higher-rate"],
         settings={"bound": OWN_BOUNDS["lenet5-fashion_mnist"]["higher-rate"]},
@@ -287,18 +288,18 @@ def table(
         "|---|---:|---|---:|---:|",
     ]
 
-    def row(title, gamma, seeds, sparsity, accuracy):
+    def row(title, strength, seeds, sparsity, accuracy):
         numbers = (_mean([100 * value for value in values]) for values in (sparsity, accuracy))
         shown = ", ".join(map(str, seeds))
-        rows.append(f"| {title} | {gamma:g} | {shown} | {' | '.join(numbers)} |")
+        rows.append(f"| {title} | {strength:g} | {shown} | {' | '.join(numbers)} |")
 
     known = {record["seed"]: record for record in records}
     runs = {
-        (name, gamma): {
-            x["seed"]: x for x in lines if (x["method"], x["strength"]) == (name, gamma)
+        (name, strength): {
+            x["seed"]: x for x in lines if (x["method"], x["strength"]) == (name, strength)
         }
         for name, variant in variants.items()
-        for gamma in variant.strengths
+        for strength in variant.strengths
     }
     sets = {tuple(sorted(known)), *(tuple(sorted(found)) for found in runs.values())}
     for seeds in sorted(sets, key=lambda seeds: (-len(seeds), seeds)):
@@ -306,10 +307,10 @@ def table(
             chosen = [known[seed] for seed in seeds]
             values = [[x[key] for x in chosen] for key in ("sparsity", "validation_accuracy")]
             row("nothing", chosen[0]["strength"], seeds, *values)
-    for (name, gamma), found in runs.items():
+    for (name, strength), found in runs.items():
         if found:
             values = [[x[key] for x in found.values()] for key in ("sparsity", "validation")]
-            row(name.replace("|", "\\|"), gamma, sorted(found), *values)
+            row(name.replace("|", "\\|"), strength, sorted(found), *values)
     return "\n".join(rows)
 
 
@@ -336,7 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in options.seed:
         for name in names:
             variant = variants[name]
-            runs = [(name, gamma, seed) for gamma in variant.strengths]
+            runs = [(name, strength, seed) for strength in variant.strengths]
             explore(with_variant(bench, variant), {name: variant.method}, runs, path, bench)
     records = tables.read(options.out, options.experiment).get("default", [])
     print(table(variants, read(path), records))

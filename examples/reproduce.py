@@ -1,6 +1,6 @@
 r"""All image experiments: every run, then the tables. Resumable; what is there is not run again.
 
-    python -m examples.reproduce --data-dir DIR                  # eleven hours of a busy core
+    python -m examples.reproduce --data-dir DIR                  # twelve hours of a busy core
     python -m examples.reproduce --data-dir DIR --part 0 2 &     # or two at once, even
     python -m examples.reproduce --data-dir DIR --part 1 2       # and odd seeds
     python -m examples.reproduce --data-dir DIR --five-seeds     # all of them, for a GPU

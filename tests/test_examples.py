@@ -36,7 +36,7 @@ from examples import (
     trainer,
 )
 from examples.experiment import EXPERIMENTS
-from examples.methods import METHODS, STRENGTHS
+from examples.methods import METHODS, STRENGTHS, with_own_bound
 
 SETTINGS = EXPERIMENTS["lenet300-digits"]
 FEW = ["--dense-epochs", "1", "--interval", "5", "--bound", "0.02"]
@@ -489,7 +489,7 @@ def test_ablations_change_one_thing():
         differing = [field for field, ours, theirs in fields if ours != theirs]
         differing += variant.settings
         assert len(differing) == (0 if name in ("gamma", "no regularizer") else 1), name
-        found += [{"method": name, "strength": gamma} for gamma in variant.strengths]
+        found += [{"method": name, "strength": strength} for strength in variant.strengths]
     lines = [
         line | {"seed": i, "sparsity": 0.5, "validation": 0.25 * i}
         for line in found
@@ -604,21 +604,34 @@ def test_a_rate_that_falls_from_twice_toward_zero_and_restarts():
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-def test_the_rate_of_row_straight_falls_in_phase_with_the_intervals():
-    row = ablations.FASHION["row `straight`, the rate falling within each interval"].method
-    interval, strength = EXPERIMENTS["lenet5-fashion_mnist"].interval, row.strengths[0]
-    tx = row.optimizer(1e-3, strength, 550)
+@pytest.mark.parametrize("row", ["straight", "higher-rate"])
+def test_the_falling_rows_differ_from_theirs_in_the_rate_alone(row):
+    variant = ablations.FASHION[f"row `{row}`, the rate falling within each interval"]
+    own = METHODS[row]._replace(optimizer=variant.method.optimizer)
+    assert variant.method == own
+    settings = EXPERIMENTS["lenet5-fashion_mnist"]
+    assert settings._replace(**variant.settings) == with_own_bound(settings, row)
+
+
+@pytest.mark.parametrize("row", ["straight", "higher-rate"])
+def test_the_falling_rate_is_in_phase_with_the_intervals(row):
+    method = ablations.FASHION[f"row `{row}`, the rate falling within each interval"].method
+    interval = EXPERIMENTS["lenet5-fashion_mnist"].interval
+    tx = sj.hold_zeros(method.optimizer(1e-3, method.strengths[0], 550))
     weight, gradient = jnp.zeros(()), jnp.ones(())  # Adam's step is the rate; nothing to shrink
+    state = tx.init(weight)
 
     def step(state, _):
         update, state = tx.update(gradient, state, weight)
         return state, -update
 
-    _, rates = jax.lax.scan(step, tx.init(weight), length=2 * interval)
-    rates = np.asarray(rates).reshape(2, interval)
-    np.testing.assert_allclose(rates[:, 0], 4e-3, rtol=1e-3)
-    np.testing.assert_allclose(rates[:, interval // 2], 2e-3, rtol=1e-3)
-    assert (rates[:, -1] < 1e-6).all()
+    for _ in range(2):
+        state, rates = jax.lax.scan(step, state, length=interval)
+        np.testing.assert_allclose(rates[0], 4e-3, rtol=1e-3)
+        np.testing.assert_allclose(rates[interval // 2], 2e-3, rtol=1e-3)
+        assert rates[-1] < 1e-6
+        # A check prunes in between, which restarts the strength, not the rate.
+        _, state = sj.prune(tx, weight, state, jnp.ones((), bool))
 
 
 @pytest.mark.slow
