@@ -145,10 +145,8 @@ def falling(make, steps):
     """
 
     def optimizer(learning_rate, *rest):
-        def rate(step):
-            return learning_rate * (1 + jnp.cos(jnp.pi * (step % steps) / steps))
-
-        return make(rate, *rest)
+        fall = optax.cosine_decay_schedule(2 * learning_rate, steps)
+        return make(lambda step: fall(step % steps), *rest)
 
     return optimizer
 
